@@ -1,0 +1,94 @@
+"""One class per failure a user can cause; each message names the place, the value and the fix.
+
+An `EvergreenError` is meant for a person: the CLI prints it without a traceback, a task log shows it last. Anything
+else that escapes is a fault of ours. Messages stay on one screen: at most five examples; the rest is in `__cause__`
+or in an object of the store that the message names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EvergreenError(Exception):
+    """A failure with a cause that its reader can mend.
+
+    `what` says what is wrong and names the file and the value; `fix` says what to do about it.
+    """
+
+    def __init__(self, what: str, *, fix: str) -> None:
+        self.what = what
+        self.fix = fix
+        super().__init__(f"{what}\n  fix: {fix}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.what, self.fix))
+
+
+def _rebuild(cls: type[EvergreenError], what: str, fix: str) -> EvergreenError:
+    error = cls.__new__(cls)
+    EvergreenError.__init__(error, what, fix=fix)
+    return error
+
+
+class SettingsError(EvergreenError):
+    """An environment variable or a place it names cannot be used."""
+
+
+class DatabaseError(EvergreenError):
+    """The events database is unreachable, of another revision, or its chain is broken."""
+
+
+class LeaseHeldError(EvergreenError):
+    """Another run of the same pack is acting; this one may try again when it has finished."""
+
+
+class PackError(EvergreenError):
+    """`pack.yaml` or the pack's Python is wrong."""
+
+
+class SourceError(EvergreenError):
+    """The source cannot be read, or what it holds cannot be the dataset: columns, types, times, emptiness."""
+
+
+class StaleDataError(SourceError):
+    """The newest data is older than the pack's `data.max_staleness`."""
+
+
+class ValidationError(EvergreenError):
+    """Expectations failed past the tolerance; the run ends here and the champion stays."""
+
+
+class StoreError(EvergreenError):
+    """An object or a snapshot cannot be written, found, or trusted; or the remote cannot be reached."""
+
+
+class JobError(EvergreenError):
+    """A job failed, was killed, or ran past its time; its log says more."""
+
+
+class TrainingError(JobError):
+    """The training function failed or left no usable model folder."""
+
+
+class EvaluationError(EvergreenError):
+    """A model could not be scored, or its predictions are not what was asked for."""
+
+
+class RegistryError(EvergreenError):
+    """The MLflow registry cannot be reached, or does not hold what was asked for."""
+
+
+class StageError(EvergreenError):
+    """A stage was asked for out of order, or its record cannot be read."""
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """`did you mean …?` for the known name closest to `value`, or the known names when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(value, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    shown = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
+    return f"known: {shown}" if names else "none is known"

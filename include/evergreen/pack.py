@@ -1,0 +1,447 @@
+"""A pack: one folder with all that keeps one model trained. What a user may write in `pack.yaml`, as frozen values.
+
+Loads, never acts: no pack's Python is imported here (jobs do that), so one broken pack cannot harm another. Every
+mistake is a `PackError` that names the file, the line, the value and the nearest thing that would have been right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, date, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import ValidationError as PydanticError
+
+from evergreen.errors import PackError, nearest
+
+NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
+CALL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:[A-Za-z_][A-Za-z0-9_]*")
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+TASK_METRICS: Mapping[str, tuple[str, ...]] = {
+    "binary": ("roc_auc", "average_precision", "log_loss", "brier", "accuracy", "calibration_error"),
+    "multiclass": ("accuracy", "macro_f1", "log_loss"),
+    "regression": ("rmse", "mae", "r2"),
+}
+"""The metrics an evaluation produces, by the kind of target."""
+
+
+def _duration(value: object) -> object:
+    """`60d`, `2h`, `90m`, `45s`, `1w` as a timedelta."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"(\d+)([smhdw])", value.strip())
+        if found is None:
+            raise ValueError("is not a duration: write a whole number and s, m, h, d or w, as in 60d")
+        return timedelta(seconds=int(found[1]) * UNITS_S[found[2]])
+    if isinstance(value, timedelta):
+        return value
+    raise ValueError("is not a duration: write a whole number and s, m, h, d or w, as in 60d")
+
+
+def _instant(value: object) -> object:
+    """A date or a time as an aware UTC datetime; a naive one is taken as UTC."""
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError("is not a time: write 2013-04-01 or 2013-04-01T06:00:00+00:00") from error
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    if isinstance(value, date):
+        return datetime(value.year, value.month, value.day, tzinfo=UTC)
+    raise ValueError("is not a time: write 2013-04-01 or 2013-04-01T06:00:00+00:00")
+
+
+def _duration_text(value: timedelta) -> str:
+    seconds = int(value.total_seconds())
+    for unit in ("d", "h", "m"):
+        if seconds and seconds % UNITS_S[unit] == 0:
+            return f"{seconds // UNITS_S[unit]}{unit}"
+    return f"{seconds}s"
+
+
+def parse_duration(value: str) -> timedelta:
+    """`60d` and the like as a timedelta; ValueError says what to write instead."""
+    parsed = _duration(value)
+    assert isinstance(parsed, timedelta)
+    return parsed
+
+
+def parse_instant(value: str | date) -> datetime:
+    """A date or a time as an aware UTC datetime; ValueError says what to write instead."""
+    parsed = _instant(value)
+    assert isinstance(parsed, datetime)
+    return parsed
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration), PlainSerializer(_duration_text, return_type=str)]
+Instant = Annotated[datetime, BeforeValidator(_instant)]
+
+
+def _call(value: str) -> str:
+    if not CALL.fullmatch(value):
+        raise ValueError("is not 'file:function', as in model:train for the function train in model.py")
+    return value
+
+
+Call = Annotated[str, BeforeValidator(_call)]
+
+
+class Part(BaseModel):
+    """A part of a pack: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PythonSource(Part):
+    """Rows from a function of the pack: `read(window) -> Iterator[Frame]`. It runs as a job."""
+
+    kind: Literal["python"]
+    call: Call
+
+
+class ParquetSource(Part):
+    """Rows from Parquet files: a path or fsspec URL, with `*` and `**`. A relative path is under the pack's folder."""
+
+    kind: Literal["parquet"]
+    path: str = Field(min_length=1)
+
+
+class CsvSource(Part):
+    """Rows from CSV files with a header line: a path or fsspec URL, with `*` and `**`."""
+
+    kind: Literal["csv"]
+    path: str = Field(min_length=1)
+    separator: str = Field(default=",", min_length=1, max_length=1)
+    null_values: tuple[str, ...] = ("", "NA")
+
+
+Source = Annotated[PythonSource | ParquetSource | CsvSource, Field(discriminator="kind")]
+
+Partition = Literal["hour", "day", "week", "month"]
+
+
+class Clock(Part):
+    """A historical source replayed as if live: at `speed`, from `start`, since the home was made."""
+
+    start: Instant
+    speed: float = Field(default=1440.0, gt=0)
+
+
+class Data(Part):
+    """The dataset: its target, its time, its windows."""
+
+    target: str
+    event_time: str
+    task: Literal["binary", "multiclass", "regression"] = "binary"
+    partition: Partition = "day"
+    lookback: int = Field(default=0, ge=0)
+    train: Duration = timedelta(days=60)
+    validation: Duration = timedelta(days=7)
+    holdout: Duration = timedelta(days=14)
+    max_staleness: Duration = timedelta(days=30)
+    quarantine: float = Field(default=0.02, ge=0, le=1)
+    """Share of a window's rows that may fail an expectation and be set aside before the run ends."""
+
+    @model_validator(mode="after")
+    def _windows_hold_partitions(self) -> Data:
+        longest = {"hour": 1, "day": 24, "week": 168, "month": 24 * 31}[self.partition]
+        for name in ("train", "validation", "holdout"):
+            if getattr(self, name) < timedelta(hours=longest):
+                raise ValueError(f"{name} is shorter than one {self.partition}, the partition")
+        if self.target == self.event_time:
+            raise ValueError("target and event_time are the same column")
+        return self
+
+
+class Expectation(Part):
+    """One Great Expectations expectation: its type and its arguments, verbatim."""
+
+    type: str
+    arguments: dict[str, Any]
+
+
+class Training(Part):
+    """The training function and what an operator may turn."""
+
+    call: Call
+    params: dict[str, Any] = {}
+    seed: int = Field(default=7, ge=0, lt=2**31)
+    gpus: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
+    timeout: Duration = timedelta(hours=2)
+
+
+class PrimaryRule(Part):
+    """The metric that decides, its floor (or ceiling, for a loss), and the test against the champion."""
+
+    metric: str
+    min: float | None = None
+    max: float | None = None
+    test: Literal["non_inferior", "superior"] = "non_inferior"
+    margin: float = Field(default=0.01, ge=0)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+
+class SliceRule(Part):
+    """A metric that must not fall by more than `margin` in any group of at least `min_rows` hold-out rows."""
+
+    by: str
+    metric: str
+    margin: float = Field(default=0.03, ge=0)
+    min_rows: int = Field(default=500, ge=1)
+
+
+class GateRules(Part):
+    """What a challenger must show before the alias moves."""
+
+    primary: PrimaryRule
+    slices: tuple[SliceRule, ...] = ()
+    latency_p95_ms: float | None = Field(default=None, gt=0)
+    promotion: Literal["automatic"] = "automatic"
+
+
+class Triggers(Part):
+    """What starts a run beside people."""
+
+    schedule: str | None = None
+
+
+class Pack(Part):
+    """One model to keep trained. `Pack.load(folder)` makes it from a folder; two packs are equal when they say the same."""
+
+    name: str
+    folder: Path = Field(exclude=True)
+    description: str = Field(min_length=1)
+    owner: str = Field(min_length=1)
+    tags: tuple[str, ...] = ()
+    source: Source
+    clock: Clock | None = None
+    data: Data
+    expectations: tuple[Expectation, ...] = ()
+    training: Training
+    gate: GateRules
+    triggers: Triggers = Triggers()
+
+    @model_validator(mode="after")
+    def _metrics_exist(self) -> Pack:
+        known = TASK_METRICS[self.data.task]
+        for where, metric in [("gate.primary.metric", self.gate.primary.metric)] + [
+            ("gate.slices.metric", rule.metric) for rule in self.gate.slices
+        ]:
+            if metric not in known:
+                raise ValueError(
+                    f"{where}: {metric!r} is not a metric of a {self.data.task} target: {nearest(metric, known)}"
+                )
+        return self
+
+    @property
+    def dataset(self) -> str:
+        """The dataset's name: the branch and the tag prefix of its snapshots."""
+        return self.name
+
+    @cached_property
+    def python_files(self) -> tuple[Path, ...]:
+        """The pack's own Python, sorted: what a job of this pack may import."""
+        return tuple(sorted(self.folder.glob("*.py")))
+
+    @cached_property
+    def code_hash(self) -> str:
+        """sha256 over the names and bytes of the pack's Python files."""
+        digest = hashlib.sha256()
+        for file in self.python_files:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        return digest.hexdigest()
+
+    @property
+    def card(self) -> str:
+        """The model card, `README.md` of the folder; the description where there is none."""
+        file = self.folder / "README.md"
+        return file.read_text(encoding="utf-8") if file.is_file() else self.description
+
+    @classmethod
+    def load(cls, folder: Path) -> Pack:
+        """The pack in `folder`. Raises PackError naming file, line, value and fix."""
+        file = folder / "pack.yaml"
+        if not NAME.fullmatch(folder.name):
+            raise PackError(
+                f"{folder}: {folder.name!r} cannot name a pack",
+                fix="use lower-case letters, digits and _, a letter first, at most 48 characters",
+            )
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise PackError(f"{file} does not exist", fix=f"write it, or start from `evergreen new {folder.name}`") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PackError(f"{file} cannot be read: {error}", fix="make it a readable UTF-8 file") from error
+        values, lines = _parse(file, text)
+        expectations = values.get("expectations")
+        if isinstance(expectations, list):
+            values["expectations"] = _expectations(file, expectations, lines)
+        try:
+            pack = cls.model_validate({**values, "name": folder.name, "folder": folder})
+        except PydanticError as error:
+            raise _explain(file, error, lines) from error
+        for where, call in _calls(pack):
+            module = folder / f"{call.split(':')[0]}.py"
+            if not module.is_file():
+                line = lines.get(where, 1)
+                raise PackError(
+                    f"{file}:{line}: {'.'.join(map(str, where))}: {call!r} names {module.name}, which is not in the folder",
+                    fix=f"write {module}, or name one of: {', '.join(p.name for p in pack.python_files) or 'none yet'}",
+                )
+        return pack
+
+
+def find(packs: Path) -> list[Path]:
+    """The folders of all packs under `packs`, sorted by name: those that hold a `pack.yaml`."""
+    return sorted(file.parent for file in packs.glob("*/pack.yaml"))
+
+
+def load(packs: Path, name: str) -> Pack:
+    """The pack called `name`. Raises PackError with the nearest name when there is none."""
+    if not (packs / name / "pack.yaml").is_file():
+        known = [folder.name for folder in find(packs)]
+        raise PackError(f"{packs}: there is no pack {name!r}", fix=nearest(name, known))
+    return Pack.load(packs / name)
+
+
+Location = tuple[str | int, ...]
+
+
+def _parse(file: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:
+    """The YAML mapping as plain values, and the 1-based line of every key and item by its path."""
+    loader = yaml.CSafeLoader(text)
+    lines: dict[Location, int] = {}
+    seen: set[int] = set()
+
+    def value_of(node: yaml.Node, where: Location) -> Any:
+        line = node.start_mark.line + 1
+        lines.setdefault(where, line)
+        if id(node) in seen:
+            raise PackError(f"{file}:{line}: YAML aliases (&, *) are refused", fix="write the value out")
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            found: dict[Any, Any] = {}
+            for key_node, child in node.value:
+                key = loader.construct_object(key_node, deep=True)
+                key_line = key_node.start_mark.line + 1
+                if not isinstance(key, str):
+                    raise PackError(f"{file}:{key_line}: the key {key!r} is not text", fix="quote it")
+                if key in found:
+                    raise PackError(f"{file}:{key_line}: the key {key!r} is there twice", fix="keep one")
+                lines[(*where, key)] = key_line
+                found[key] = value_of(child, (*where, key))
+            return found
+        if isinstance(node, yaml.SequenceNode):
+            return [value_of(child, (*where, index)) for index, child in enumerate(node.value)]
+        return loader.construct_object(node, deep=True)
+
+    try:
+        node = loader.get_single_node()
+        values = value_of(node, ()) if node is not None else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problem = getattr(error, "problem", None) or str(error)
+        raise PackError(f"{file}:{line}: not YAML: {problem}", fix="mend the line; indent with spaces") from error
+    finally:
+        loader.dispose()
+    if not isinstance(values, dict):
+        raise PackError(f"{file}:1: holds no mapping", fix="start from `evergreen new NAME`")
+    for reserved in ("name", "folder"):
+        if reserved in values:
+            raise PackError(
+                f"{file}:{lines[(reserved,)]}: {reserved}: is not written; the folder says it", fix="delete the line"
+            )
+    return values, lines
+
+
+def _expectations(file: Path, items: list[Any], lines: Mapping[Location, int]) -> list[dict[str, Any]]:
+    """`- expect_x: {column: a}` as `{type, arguments}`."""
+    found = []
+    for index, item in enumerate(items):
+        if not (isinstance(item, dict) and len(item) == 1):
+            line = lines.get(("expectations", index), 1)
+            raise PackError(
+                f"{file}:{line}: expectations.{index}: {item!r} is not one expectation with its arguments",
+                fix="write - expect_column_values_to_not_be_null: {column: NAME}",
+            )
+        ((kind, arguments),) = item.items()
+        if arguments is not None and not isinstance(arguments, dict):
+            line = lines.get(("expectations", index, kind), 1)
+            raise PackError(
+                f"{file}:{line}: expectations.{index}.{kind}: {arguments!r} are not arguments",
+                fix=f"write - {kind}: {{column: NAME}}",
+            )
+        found.append({"type": kind, "arguments": arguments or {}})
+    return found
+
+
+def _calls(pack: Pack) -> Iterator[tuple[Location, str]]:
+    yield ("training", "call"), pack.training.call
+    if isinstance(pack.source, PythonSource):
+        yield ("source", "call"), pack.source.call
+
+
+def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int]) -> PackError:
+    """The first five mistakes of a pack as one PackError, in the order of their lines."""
+    mistakes = []
+    fixes = []
+    for item in error.errors(include_url=False):
+        where: Location = tuple(part for part in item["loc"] if part not in ("python", "parquet", "csv", "literal['auto']"))
+        line = next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), 1)
+        name = ".".join(str(part) for part in where)
+        kind = item["type"]
+        if kind == "extra_forbidden":
+            known = _known_keys(where)
+            what = f"{name}: unknown key"
+            fixes.append(f"{where[-1]}: {nearest(str(where[-1]), known)}")
+        elif kind == "missing":
+            what = f"{name}: is missing"
+            fixes.append(f"add {name}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = item.get("input")
+            shown = "" if isinstance(value, dict | list | BaseModel) else f" {value!r}"
+            what = f"{name + ':' if name else ''}{shown} {message[:1].lower() + message[1:]}".strip()
+        mistakes.append((line, what))
+    mistakes.sort(key=lambda mistake: mistake[0])
+    shown_mistakes = [f"{file}:{line}: {what}" for line, what in mistakes[:5]]
+    if len(mistakes) > 5:
+        shown_mistakes.append(f"… and {len(mistakes) - 5} more")
+    return PackError("\n".join(shown_mistakes), fix="; ".join(fixes[:5]) or "change the value; DESIGN of a pack: README.md")
+
+
+def _known_keys(where: Location) -> list[str]:
+    """The keys that may stand where `where`'s last part stands."""
+    model: Any = Pack
+    for part in where[:-1]:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        model = _model_in(field.annotation) or PythonSource
+        if part == "source":
+            return sorted({key for kind in (PythonSource, ParquetSource, CsvSource) for key in kind.model_fields})
+    names = set(model.model_fields) - {"name", "folder"}
+    return sorted(names)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The first Part class within an annotation such as `tuple[SliceRule, ...]` or `Clock | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None
+
+

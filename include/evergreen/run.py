@@ -1,0 +1,409 @@
+"""Run, and the small frozen values that its stages hand on.
+
+A value holds references into the store, hashes and numbers; never a path, never rows. Its JSON is what XCom carries
+and what the events table keeps. Times are aware and in UTC; windows are half-open: `start <= t < end`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from evergreen.pack import Data, Pack, Partition
+from evergreen.settings import Settings
+
+
+class Value(BaseModel):
+    """A frozen value with stable JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def digest(content: Any) -> str:
+    """sha256 of the canonical JSON of `content` (sorted keys, no spaces): the hash of keys and of rules."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, BaseModel):
+        return content.model_dump(mode="json")
+    if isinstance(content, datetime):
+        return content.isoformat()
+    if isinstance(content, PurePosixPath):
+        return str(content)
+    raise TypeError(f"{type(content).__name__} has no canonical JSON")
+
+
+class Window(Value):
+    """The instants from `start` up to, not including, `end`."""
+
+    start: datetime
+    end: datetime
+
+    def __str__(self) -> str:
+        return f"{self.start:%Y-%m-%d %H:%M} … {self.end:%Y-%m-%d %H:%M}"
+
+    def overlaps(self, other: Window) -> bool:
+        """Whether an instant lies in both."""
+        return self.start < other.end and other.start < self.end
+
+
+def floor(instant: datetime, partition: Partition) -> datetime:
+    """The start of the period that holds `instant`. Weeks begin on Monday."""
+    hour = instant.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    if partition == "hour":
+        return hour
+    day = hour.replace(hour=0)
+    if partition == "day":
+        return day
+    if partition == "week":
+        return day - timedelta(days=day.weekday())
+    return day.replace(day=1)
+
+
+def step(start: datetime, partition: Partition, count: int = 1) -> datetime:
+    """The start of the period `count` periods after the one that begins at `start`; `count` may be negative."""
+    if partition == "month":
+        months = start.year * 12 + start.month - 1 + count
+        return start.replace(year=months // 12, month=months % 12 + 1)
+    return start + count * {"hour": timedelta(hours=1), "day": timedelta(days=1), "week": timedelta(weeks=1)}[partition]
+
+
+def periods(window: Window, partition: Partition) -> Iterator[datetime]:
+    """The starts of the periods that begin within `window`, its first one holding `window.start`."""
+    start = floor(window.start, partition)
+    while start < window.end:
+        yield start
+        start = step(start, partition)
+
+
+def period_name(start: datetime, partition: Partition) -> str:
+    """The period's name in file names and messages: `2013-04-01`, `2013-04-01T05`, `2013-04`, `2013-W14`."""
+    formats = {"hour": "%Y-%m-%dT%H", "day": "%Y-%m-%d", "week": "%G-W%V", "month": "%Y-%m"}
+    return start.strftime(formats[partition])
+
+
+class Windows(Value):
+    """Where training, validation and hold-out rows lie; they touch and end at `end`."""
+
+    train: Window
+    validation: Window
+    holdout: Window
+
+    @classmethod
+    def ending(cls, end: datetime, data: Data) -> Windows:
+        """The pack's windows, ending at `end`, each floored to whole partitions."""
+        holdout = floor(end - data.holdout, data.partition)
+        validation = floor(holdout - data.validation, data.partition)
+        train = floor(validation - data.train, data.partition)
+        return cls(
+            train=Window(start=train, end=validation),
+            validation=Window(start=validation, end=holdout),
+            holdout=Window(start=holdout, end=end),
+        )
+
+    @property
+    def whole(self) -> Window:
+        """From the first training row to the last hold-out row."""
+        return Window(start=self.train.start, end=self.holdout.end)
+
+
+class Ref(Value):
+    """An object of the store: the md5 of a file's bytes, or of a folder's DVC listing (then it ends in `.dir`)."""
+
+    hash: str
+    size: int
+    """Bytes; for a folder, of all its files together."""
+
+    @property
+    def is_folder(self) -> bool:
+        return self.hash.endswith(".dir")
+
+
+class PartitionFile(Value):
+    """One partition: the rows of one period as a Parquet object."""
+
+    period: datetime
+    """The start of its period."""
+    rows: int
+    identity: str
+    """sha256 of the rows in canonical order, whatever wrote the file."""
+    object: Ref
+
+
+class Manifest(Value):
+    """The partitions of a dataset over a window, in order of time. Itself an object of the store, as JSON."""
+
+    dataset: str
+    partition: Partition
+    columns: dict[str, str]
+    """Column → canonical type: bool, int, float, string, datetime, date."""
+    partitions: tuple[PartitionFile, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.partitions)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.object.size for part in self.partitions)
+
+    def within(self, window: Window) -> tuple[PartitionFile, ...]:
+        """The partitions whose period begins within `window`."""
+        return tuple(part for part in self.partitions if window.start <= part.period < window.end)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 row`, `28 834 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", " ")
+
+
+class Ingested(Value):
+    """What the source held up to as-of."""
+
+    manifest: Ref
+    rows: int
+    partitions: int
+    known: int
+    """Partitions that were there already, unchanged."""
+    late: tuple[datetime, ...] = ()
+    """Periods known before whose rows changed since."""
+    data_until: datetime
+    """End of the last period that has rows; the windows end here."""
+    windows: Windows
+    note: str | None = None
+    """What an operator should know: data that ends before as-of, say."""
+
+    def summary(self) -> str:
+        text = f"{count(self.rows, 'row')} in {count(self.partitions, 'partition')}, {self.known} known"
+        if self.late:
+            text += f", {len(self.late)} changed by late rows"
+        return f"{text}; {self.note}" if self.note else text
+
+
+class Validated(Value):
+    """The clean partitions, and what Great Expectations said of them."""
+
+    manifest: Ref
+    result: Ref
+    """Great Expectations' own JSON result."""
+    suite_hash: str
+    success: bool
+    expectations: int
+    rows_checked: int
+    rows_quarantined: int
+    quarantine: Ref | None = None
+    """Parquet of the rows set aside, with the expectation that failed them; None when there are none."""
+    partitions: int
+    partitions_scanned: int
+    """Partitions that the row-local expectations had not seen before."""
+
+    def summary(self) -> str:
+        text = (
+            f"{self.partitions_scanned} of {count(self.partitions, 'partition')} new, "
+            f"{count(self.expectations, 'expectation')} {'holds' if self.expectations == 1 else 'hold'}"
+        )
+        return f"{text}, {count(self.rows_quarantined, 'row')} in quarantine" if self.rows_quarantined else text
+
+
+class Snapshot(Value):
+    """An immutable DVC version of the clean partitions."""
+
+    dataset: str
+    repository: str
+    revision: str
+    """The git commit."""
+    tag: str
+    hash: str
+    """The DVC tree hash: md5 with `.dir`."""
+    manifest: Ref
+    rows: int
+    bytes: int
+    partitions: int
+    windows: Windows
+    data_until: datetime
+
+    def summary(self) -> str:
+        return f"{self.tag}: {count(self.rows, 'row')}, {self.bytes / 1e6:,.1f} MB"
+
+
+class Hardware(Value):
+    """What a job ran on."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    name: str
+    driver: str | None = None
+
+
+class Trained(Value):
+    """A model folder, and what made it."""
+
+    job: str
+    model: Ref
+    task: str
+    inputs: dict[str, str]
+    """Raw column → type, as the model takes them: bool, int, float, string, datetime, date."""
+    requirements: tuple[str, ...]
+    """Pinned distributions that the model folder needs, beside Python."""
+    windows: Windows
+    snapshot: str
+    """The snapshot's tree hash."""
+    params: dict[str, Any]
+    seed: int
+    metrics: dict[str, float]
+    """What the training function reported last."""
+    curve: Ref | None = None
+    """Its progress, as JSON Lines: {step, …}."""
+    log: Ref
+    hardware: Hardware
+    duration_s: float
+
+    def summary(self) -> str:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(self.metrics.items())[:3])
+        size = self.model.size / 1e6
+        where = f"{size:.1f} MB on {self.hardware.device}"
+        return f"{shown}, {where}" if shown else where
+
+
+class Estimate(Value):
+    """A metric and its interval, resampled by partition; bounds are None where it cannot be resampled."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class SliceEstimate(Value):
+    """A metric within one group of hold-out rows."""
+
+    by: str
+    group: str
+    rows: int
+    metric: str
+    estimate: Estimate | None
+    """None where the group has too few rows or one class only."""
+
+
+class Evaluation(Value):
+    """One model on the hold-out rows, scored through its own model folder in a fresh process."""
+
+    model: str
+    """The model folder's hash."""
+    version: int | None = None
+    rows: int
+    metrics: dict[str, Estimate] = {}
+    slices: tuple[SliceEstimate, ...] = ()
+    latency_p95_ms: float | None = None
+    """Of predicting one row, 95th percentile."""
+    size_bytes: int
+    predictions: Ref | None = None
+    withheld: str | None = None
+    """Why there are no figures: the model has seen hold-out rows, say."""
+
+
+class Difference(Value):
+    """Challenger minus champion on the same rows, with the paired interval, resampled by partition."""
+
+    metric: str
+    by: str | None = None
+    group: str | None = None
+    rows: int
+    estimate: Estimate
+
+
+class Evaluated(Value):
+    """Challenger and champion on the same hold-out rows."""
+
+    challenger: Evaluation
+    champion: Evaluation | None
+    differences: tuple[Difference, ...] = ()
+    confidence: float
+    holdout: Window
+    plots: Ref | None = None
+    """Folder of ROC, precision-recall and calibration figures."""
+
+    def summary(self) -> str:
+        parts = []
+        for name, estimate in list(self.challenger.metrics.items())[:1]:
+            parts.append(f"{name} {estimate.value:.3f}")
+            for difference in self.differences:
+                if difference.metric == name and difference.by is None:
+                    assert self.champion is not None
+                    parts.append(f"champion {self.champion.metrics[name].value:.3f}")
+        if self.champion is None:
+            parts.append("no champion to compare with")
+        elif self.champion.withheld:
+            parts.append(f"champion withheld: {self.champion.withheld}")
+        return f"{', '.join(parts)}, on {count(self.challenger.rows, 'row')}"
+
+
+class Verdict(Value):
+    """What the gate says, and why, in plain words."""
+
+    decision: Literal["promote", "reject", "review"]
+    reasons: tuple[str, ...]
+
+
+class Registered(Value):
+    """A version in the MLflow registry."""
+
+    model: str
+    version: int
+    mlflow_run: str
+    model_hash: str
+    new: bool = True
+    """False when this very model was registered before: nothing new was learned."""
+
+    def summary(self) -> str:
+        return f"{self.model} version {self.version}" + ("" if self.new else ", registered before: nothing new was learned")
+
+
+class Promoted(Value):
+    """How the run ended."""
+
+    model: str
+    version: int
+    verdict: Verdict
+    champion: int | None
+    """The champion's version after the run."""
+    previous: int | None
+    """The champion's version before it."""
+
+    def summary(self) -> str:
+        if self.champion == self.version and self.previous == self.version:
+            head = f"version {self.version} is champion already"
+        elif self.champion == self.version:
+            head = f"version {self.version} is champion"
+        else:
+            stays = f"version {self.champion} stays champion" if self.champion else "there is still no champion"
+            head = f"{self.verdict.decision} version {self.version}; {stays}"
+        return f"{head}: {self.verdict.reasons[0]}" if self.verdict.reasons else head
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass of the chain for one pack."""
+
+    pack: Pack
+    id: str
+    """The Airflow run_id. It may hold `:` and `+`; paths, tags and container names use `slug`."""
+    as_of: datetime
+    """It sees no data at or after this instant; the end of a complete partition."""
+    reason: str
+    settings: Settings
+    force: bool = False
+    """Do the work again even where an earlier run did the same."""
+
+    @property
+    def slug(self) -> str:
+        """12 hex digits of the id's sha256."""
+        return hashlib.sha256(self.id.encode()).hexdigest()[:12]

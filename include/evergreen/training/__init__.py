@@ -1,0 +1,1 @@
+"""Training: jobs, the places they run in, and the built-in tabular trainer."""

@@ -1,0 +1,1 @@
+"""The places a job can run in: one module each, same contract."""
