@@ -202,6 +202,8 @@ class Validated(Value):
     rows_quarantined: int
     quarantine: Ref | None = None
     """Parquet of the rows set aside, with the expectation that failed them; None when there are none."""
+    records: Ref
+    """JSON: partition identity → failures of each row-local expectation and its clean object, for the next run."""
     partitions: int
     partitions_scanned: int
     """Partitions that the row-local expectations had not seen before."""
