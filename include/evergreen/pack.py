@@ -276,7 +276,9 @@ class Pack(Part):
         try:
             text = file.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise PackError(f"{file} does not exist", fix=f"write it, or start from `evergreen new {folder.name}`") from None
+            raise PackError(
+                f"{file} does not exist", fix=f"write it, or start from `evergreen new {folder.name}`"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise PackError(f"{file} cannot be read: {error}", fix="make it a readable UTF-8 file") from error
         values, lines = _parse(file, text)
@@ -394,7 +396,9 @@ def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int]) ->
     mistakes = []
     fixes = []
     for item in error.errors(include_url=False):
-        where: Location = tuple(part for part in item["loc"] if part not in ("python", "parquet", "csv", "literal['auto']"))
+        where: Location = tuple(
+            part for part in item["loc"] if part not in ("python", "parquet", "csv", "literal['auto']")
+        )
         line = next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), 1)
         name = ".".join(str(part) for part in where)
         kind = item["type"]
@@ -415,7 +419,9 @@ def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int]) ->
     shown_mistakes = [f"{file}:{line}: {what}" for line, what in mistakes[:5]]
     if len(mistakes) > 5:
         shown_mistakes.append(f"… and {len(mistakes) - 5} more")
-    return PackError("\n".join(shown_mistakes), fix="; ".join(fixes[:5]) or "change the value; DESIGN of a pack: README.md")
+    return PackError(
+        "\n".join(shown_mistakes), fix="; ".join(fixes[:5]) or "change the value; DESIGN of a pack: README.md"
+    )
 
 
 def _known_keys(where: Location) -> list[str]:
@@ -443,5 +449,3 @@ def _model_in(annotation: Any) -> Any:
         if found is not None:
             return found
     return None
-
-

@@ -366,7 +366,9 @@ class Registered(Value):
     """False when this very model was registered before: nothing new was learned."""
 
     def summary(self) -> str:
-        return f"{self.model} version {self.version}" + ("" if self.new else ", registered before: nothing new was learned")
+        return f"{self.model} version {self.version}" + (
+            "" if self.new else ", registered before: nothing new was learned"
+        )
 
 
 class Promoted(Value):

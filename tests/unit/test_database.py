@@ -1,0 +1,134 @@
+"""Claims about the events table and leases, on real SQLite files."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import sqlalchemy as sa
+from evergreen.database import HEAD, Database
+from evergreen.errors import DatabaseError, LeaseHeldError
+
+
+@pytest.fixture
+def database(tmp_path):
+    return Database(f"sqlite:///{tmp_path / 'made' / 'events.db'}")
+
+
+def test_an_event_comes_back_as_it_was_written(database):
+    """What is read equals what was appended."""
+    written = database.append("digits", "run", {"b": [1, 2.5, None], "a": "ü"}, run_id="manual__1", key="k")
+    assert database.events("digits") == [written]
+
+
+def test_events_are_chained_per_pack(database):
+    """Each event names the hash of the one before it in its own pack."""
+    first = database.append("a", "run", {})
+    database.append("b", "run", {})
+    second = database.append("a", "run", {})
+    assert (second.position, second.previous) == (2, first.hash)
+
+
+@pytest.mark.parametrize(
+    ("statement", "first_bad"),
+    [
+        ("UPDATE events SET body = '{\"n\":9}' WHERE position = 3", 3),
+        ("UPDATE events SET at = '2020-01-01T00:00:00+00:00' WHERE position = 2", 2),
+        ("DELETE FROM events WHERE position = 2", 2),
+        ("UPDATE events SET position = position + 10 WHERE position >= 4", 4),
+    ],
+)
+def test_tampering_shows(database, statement, first_bad):
+    """An edit, a removal and a shift are found, at the first bad entry."""
+    for number in range(5):
+        database.append("a", "run", {"n": number})
+    assert database.first_bad("a") is None
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql(statement)
+    assert database.first_bad("a") == first_bad
+
+
+def test_concurrent_appends_lose_nothing(database):
+    """Four processes appending at once leave one unbroken chain with every event."""
+    database.append("a", "run", {})
+    code = (
+        "from evergreen.database import Database\n"
+        f"for number in range(25): Database({database.url!r}).append('a', 'alert', {{'number': number}})"
+    )
+    workers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert ([worker.wait() for worker in workers], len(database.events("a")), database.first_bad("a")) == (
+        [0] * 4,
+        101,
+        None,
+    )
+
+
+def test_two_processes_may_make_the_database_at_once(tmp_path):
+    """The first use by several processes at the same moment migrates once and fails for none."""
+    url = f"sqlite:///{tmp_path / 'events.db'}"
+    code = f"from evergreen.database import Database; Database({url!r}).append('a', 'run', {{}})"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert len(Database(url).events("a")) == 3
+
+
+def test_a_lease_has_one_holder(database):
+    """A second holder is refused and told who acts; after the block the lease is free."""
+    with database.lease("digits", "run one"):
+        with pytest.raises(LeaseHeldError, match="run one is acting"), database.lease("digits", "run two"):
+            pass
+    with database.lease("digits", "run two"):
+        pass
+
+
+def test_the_retry_of_a_dead_attempt_takes_its_lease_over(database):
+    """The same holder does not wait for its own dead attempt."""
+    with database.lease("digits", "run one"), database.lease("digits", "run one"):
+        pass
+
+
+def test_a_dead_holders_lease_ends(database):
+    """A lease whose process was killed is free after its time."""
+    code = (
+        "import os; from evergreen.database import Database\n"
+        f"with Database({database.url!r}).lease('digits', 'dead', ttl_s=0.5): os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    began = time.monotonic()
+    with database.lease("digits", "alive", ttl_s=0.5, wait_s=20):
+        assert time.monotonic() - began < 20
+
+
+def test_a_lease_is_renewed_while_it_is_held(database):
+    """Work longer than the lease's time keeps the lease."""
+    with database.lease("digits", "slow", ttl_s=0.3):
+        with pytest.raises(LeaseHeldError), database.lease("digits", "other", ttl_s=0.3, wait_s=1.0):
+            pass
+
+
+def test_a_database_from_the_future_is_refused(database):
+    """A revision that this code does not know is an error, not a guess."""
+    database.append("a", "run", {})
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(DatabaseError, match="9999"):
+        Database(database.url).events("a")
+
+
+def test_an_unreachable_database_names_itself(tmp_path):
+    """A path that cannot be a database is named, with what to do."""
+    (tmp_path / "file").mkdir()
+    with pytest.raises(DatabaseError, match="EVERGREEN_DATABASE_URL"):
+        Database(f"sqlite:///{tmp_path / 'file'}").events("a")
+
+
+def test_the_migrations_make_the_tables_the_code_expects(database):
+    """The migrated schema has the columns of the tables declared in code."""
+    database.append("a", "run", {})
+    inspector = sa.inspect(database.engine)
+    from evergreen.database import metadata
+
+    made = {name: {column["name"] for column in inspector.get_columns(name)} for name in metadata.tables}
+    assert made == {name: set(table.columns.keys()) for name, table in metadata.tables.items()}
+    with database.engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == HEAD
