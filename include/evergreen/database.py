@@ -10,8 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
-import socket
 import threading
 import time
 import uuid
@@ -59,6 +57,9 @@ leases = sa.Table(
     sa.Column("token", sa.String(32), nullable=False),
     sa.Column("expires_at", sa.String(32), nullable=False),
 )
+
+HOME = "-home-"
+"""The chain of what concerns no single pack; no pack can have this name."""
 
 GENESIS = "0" * 64
 """`previous` of a pack's first event."""
@@ -160,6 +161,13 @@ class Database:
             previous = event.hash
         return None
 
+    def made_at(self) -> datetime:
+        """When this home was made: the instant from which packs' clocks run. Written down by whoever asks first."""
+        if not (found := self.events(HOME, kind="home", limit=1)):
+            self.append(HOME, "home", {})
+            found = self.events(HOME, kind="home", limit=1)
+        return found[0].at
+
     @contextlib.contextmanager
     def lease(self, name: str, holder: str, *, ttl_s: float = 30.0, wait_s: float = 0.0) -> Iterator[None]:
         """Hold the lease `name` while the block runs; renewed meanwhile, free again `ttl_s` after a sudden death.
@@ -211,9 +219,10 @@ class Database:
                 )
 
 
-def this_process() -> str:
-    """`host:pid`: the holder of a lease that no retry may take over."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+@functools.cache
+def connect(url: str) -> Database:
+    """The database at `url`: one engine a process."""
+    return Database(url)
 
 
 def _append(

@@ -1,0 +1,184 @@
+"""A stage is a function of its key (law 1): the one look-up behind retries, receipts, adoption and reproduction.
+
+`key = sha256(stage, inputs, code it runs, parameters, environment)`. The stage's value is an event, its files are
+objects of the store, and the event is written last: killed at any instruction and performed again, a stage ends as
+an undisturbed one would. What an earlier run did is never taken on trust: its outputs are verified again first.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from evergreen import database as db
+from evergreen.database import Database, Event
+from evergreen.errors import EvergreenError
+from evergreen.pack import Pack
+from evergreen.run import Ref, Run, Value, digest, floor
+from evergreen.settings import Settings
+
+log = logging.getLogger("evergreen")
+
+V = TypeVar("V", bound=Value)
+
+State = Literal["running", "progress", "done", "skipped", "failed"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is said of a stage while it goes on; attached to log records as `evergreen_note` for whoever shows it live."""
+
+    run_id: str
+    stage: str
+    state: State
+    text: str = ""
+    seconds: float | None = None
+    fraction: float | None = None
+
+
+def note(run: Run, stage: str, state: State, text: str = "", **more: float | None) -> None:
+    """Say how `stage` is getting on: a line in the log, and a Note for the live view."""
+    said = Note(run_id=run.id, stage=stage, state=state, text=text, **more)
+    level = logging.ERROR if state == "failed" else logging.INFO
+    log.log(level, "%s %s%s", stage, state, f": {text}" if text else "", extra={"evergreen_note": said})
+
+
+@functools.cache
+def code_hash(paths: tuple[Path, ...]) -> str:
+    """sha256 over the bytes of the package's source files that a stage runs."""
+    content = hashlib.sha256()
+    for path in sorted(paths):
+        content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return content.hexdigest()
+
+
+@functools.cache
+def lock_hash(project: Path) -> str | None:
+    """sha256 of the lock file, which says every package; None where the project has none."""
+    lock = project / "requirements.txt"
+    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None
+
+
+def environment(settings: Settings) -> dict[str, str | None]:
+    """What a stage's packages and interpreter are known by."""
+    return {"python": platform.python_version(), "lock": lock_hash(settings.project), "image": settings.image}
+
+
+def begin(
+    settings: Settings,
+    pack: Pack,
+    run_id: str,
+    *,
+    as_of: datetime | None,
+    scheduled: datetime,
+    reason: str,
+    force: bool = False,
+) -> Run:
+    """The run `run_id` of `pack`. Its as-of is fixed by the first call and kept by every later one.
+
+    `as_of` is what was asked for; `scheduled` stands in for it: the logical date, or the instant after which the run
+    may start. Instants since the home was made go through the pack's clock; the end of the last complete partition
+    before the result is the run's as-of.
+    """
+    database = db.connect(settings.database_url)
+    event = database.latest(pack.name, kind="run", run_id=run_id)
+    if event is None:
+        instant = on_the_clock(pack, as_of or scheduled, database.made_at())
+        body = {"as_of": floor(instant, pack.data.partition).isoformat(), "reason": reason, "force": force}
+        event = database.append(pack.name, "run", body, run_id=run_id)
+    return Run(
+        pack=pack,
+        id=run_id,
+        as_of=datetime.fromisoformat(event.body["as_of"]),
+        reason=event.body["reason"],
+        force=event.body["force"],
+        settings=settings,
+    )
+
+
+def on_the_clock(pack: Pack, instant: datetime, made_at: datetime) -> datetime:
+    """`instant` on the pack's clock: `start + (instant - made_at) × speed`; instants before `made_at` as they are."""
+    if pack.clock is None or instant < made_at:
+        return instant
+    return pack.clock.start + (instant - made_at) * pack.clock.speed
+
+
+def perform(
+    run: Run,
+    stage: str,
+    *,
+    result: type[V],
+    inputs: Mapping[str, Any],
+    code: tuple[Path, ...],
+    act: Callable[[], V],
+    outputs: Callable[[V], Iterable[Ref]],
+    intact: Callable[[Ref], bool],
+    parameters: Mapping[str, Any] | None = None,
+) -> V:
+    """The value of `stage` for `run`: looked up by its key when it was performed before, else made by `act()`.
+
+    `outputs` names the objects that the value refers to; `intact` verifies one. One stage of a pack acts at a time,
+    by a lease that the retry of a killed attempt takes over. Failures are recorded before they are raised.
+    """
+    database = db.connect(run.settings.database_url)
+    parts = {
+        "stage": stage,
+        "inputs": dict(inputs),
+        "parameters": dict(parameters or {}),
+        "code": code_hash(code),
+        "environment": environment(run.settings),
+    }
+    key = digest(parts)
+    began = time.monotonic()
+    note(run, stage, "running")
+    try:
+        with database.lease(f"stage:{run.pack.name}", run.id, wait_s=run.pack.training.timeout.total_seconds()):
+            before = database.latest(run.pack.name, kind="stage", key=key)
+            if before is not None and (before.run_id == run.id or not run.force):
+                value = result.model_validate(before.body["value"])
+                if all(intact(ref) for ref in outputs(value)):
+                    seconds = time.monotonic() - began
+                    return _receipt(database, run, stage, key, before, value, seconds)
+                note(run, stage, "progress", f"what {before.run_id} left is missing or altered: done again")
+            value = act()
+            seconds = time.monotonic() - began
+            body = {"stage": stage, "parts": parts, "value": value.model_dump(mode="json"), "seconds": round(seconds, 3)}
+            database.append(run.pack.name, "stage", body, run_id=run.id, key=key)
+    except Exception as error:
+        _record_failure(database, run, stage, key, error)
+        raise
+    note(run, stage, "done", summary(value), seconds=seconds)
+    return value
+
+
+def summary(value: Value) -> str:
+    """One line on a stage's value."""
+    return str(value.summary()) if hasattr(value, "summary") else ""
+
+
+def _receipt(database: Database, run: Run, stage: str, key: str, before: Event, value: V, seconds: float) -> V:
+    """Record why the stage was skipped; a retry of the same run needs no receipt."""
+    if before.run_id != run.id:
+        body = {"stage": stage, "of": before.run_id, "verified": True, "seconds": round(seconds, 3)}
+        database.append(run.pack.name, "receipt", body, run_id=run.id, key=key)
+    note(run, stage, "skipped", f"{summary(value)} (as in {before.run_id})", seconds=seconds)
+    return value
+
+
+def _record_failure(database: Database, run: Run, stage: str, key: str, error: Exception) -> None:
+    what = error.what if isinstance(error, EvergreenError) else str(error)
+    fix = error.fix if isinstance(error, EvergreenError) else None
+    note(run, stage, "failed", what)
+    body = {"stage": stage, "error": type(error).__name__, "what": what, "fix": fix}
+    try:
+        database.append(run.pack.name, "failure", body, run_id=run.id, key=key)
+    except EvergreenError:
+        log.exception("the failure of %s could not be recorded", stage)
