@@ -18,12 +18,19 @@ A job never talks to Airflow, MLflow or the events database.
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from pydantic import Field
+
+from evergreen.errors import TrainingError, nearest
 from evergreen.run import Value, Window
 
 if TYPE_CHECKING:
@@ -41,7 +48,7 @@ class JobSpec(Value):
     target: str
     event_time: str
     task: Literal["binary", "multiclass", "regression"]
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
     seed: int = 7
     gpus: Literal["auto"] | int = "auto"
     timeout_s: float
@@ -98,17 +105,91 @@ class Job:
     folder: Path
     inputs: dict[str, str] | None = field(default=None, init=False)
     requirements: tuple[str, ...] | None = field(default=None, init=False)
+    metrics: dict[str, float] = field(default_factory=dict, init=False)
+    """What was reported last."""
+    _written: tuple[int, float] | None = field(default=None, init=False, repr=False)
+    """The thousandth of the work and the time (monotonic, s) of the last line written."""
 
     def progress(self, step: int, of: int, **metrics: float) -> None:
-        """Report step `step` of `of` and what was measured: shown live, kept as the training curve."""
-        raise NotImplementedError
+        """Report step `step` of `of` (the first is 1) and what was measured: shown live, kept as the training curve.
+
+        Cheap enough for every batch: a line is written for each thousandth of the work, and at least ten a second.
+        Raises TrainingError when a metric is NaN or infinite.
+        """
+        self.metrics = {name: float(value) for name, value in metrics.items()}
+        for name, value in self.metrics.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{'NaN' if math.isnan(value) else 'infinite'} {name} at step {step} of {of}",
+                    fix="lower the learning rate, and look for empty or very large values in the input columns",
+                )
+        now, thousandth = time.monotonic(), step * 1000 // max(of, 1)
+        if self._written is None:
+            _forget_from(self.folder / "progress.jsonl", step)
+        elif thousandth <= self._written[0] and step < of and now - self._written[1] < 0.1:
+            return
+        self._written = (thousandth, now)
+        line = {"step": step, "of": of, "time": round(time.time(), 3), "metrics": self.metrics}
+        with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def describe(self, *, inputs: Sequence[str], requirements: Sequence[str]) -> None:
         """Say which raw columns the model takes and which distributions its `loader.py` imports.
 
-        Without this call: all columns but the target, and numpy and pandas.
+        Without this call: all columns but the target, and numpy and pandas. Types are taken from the training rows,
+        versions from what is installed. Raises TrainingError for a column or a distribution that is not there.
         """
-        raise NotImplementedError
+        types = column_types(self.folder / "input" / "train")
+        for name in inputs:
+            if name not in types:
+                raise TrainingError(f"describe(inputs=…): the data has no column {name!r}", fix=nearest(name, types))
+        self.inputs = {name: types[name] for name in inputs}
+        self.requirements = tuple(sorted(pinned(name) for name in requirements))
+
+
+def pinned(distribution: str) -> str:
+    """`numpy==2.4.6`: the distribution at its installed version, without a local label such as `+cpu`."""
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise TrainingError(
+            f"describe(requirements=…): no distribution {distribution!r} is installed",
+            fix="give its name alone, as pip knows it (scikit-learn, not sklearn), or install it",
+        ) from None
+    return f"{distribution}=={version.partition('+')[0]}"
+
+
+def column_types(folder: Path) -> dict[str, str]:
+    """Column → canonical type (bool, int, float, string, datetime, date) of the Parquet files in `folder`."""
+    import polars as pl
+
+    empty = [pl.DataFrame(schema=pl.read_parquet_schema(file)) for file in sorted(folder.glob("*.parquet"))]
+    return {name: _canonical(kind) for name, kind in pl.concat(empty, how="vertical_relaxed").schema.items()}
+
+
+def _canonical(kind: pl.DataType) -> str:
+    import polars as pl
+
+    if kind.is_integer():
+        return "int"
+    if kind.is_float() or kind.is_decimal():
+        return "float"
+    names = {pl.Boolean: "bool", pl.Date: "date", pl.Datetime: "datetime"}
+    return names.get(kind.base_type(), "string")
+
+
+def _forget_from(file: Path, step: int) -> None:
+    """Drop the lines from `step` on: a restarted job does those steps again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] >= step:
+            break
+        kept.append(line)
+    part = file.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(file)
 
 
 def _read(folder: Path) -> pl.DataFrame:
