@@ -1,0 +1,98 @@
+"""The same figures within groups of rows: a model may be better on the whole and worse for one carrier.
+
+Every group is reported. One that has fewer than `min_rows` rows, or on which the metric is undefined, has an estimate
+of None: not judged, and said so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evergreen.errors import EvaluationError, nearest
+from evergreen.evaluation.metrics import Array, Rows, figures
+from evergreen.evaluation.significance import estimate, paired
+from evergreen.pack import GateRules, SliceRule
+from evergreen.run import Difference, SliceEstimate
+
+
+def estimates(
+    rules: GateRules,
+    task: str,
+    truth: Array,
+    predicted: Array,
+    clusters: Array,
+    *,
+    columns: Mapping[str, Array],
+    confidence: float,
+    classes: Sequence[Any] | None = None,
+) -> tuple[SliceEstimate, ...]:
+    """Each slice rule's metric in each group of its column, in order of the rules, then of the groups.
+
+    `columns`: slice column → (n,) group of each row. The rest is as `significance.intervals` takes it. Raises
+    EvaluationError for a column that is not there, and where `metrics.score` would for shapes and values.
+    """
+    if not rules.slices:
+        return ()
+    rows = Rows.of(task, truth, predicted, clusters, classes)
+    return tuple(
+        SliceEstimate(
+            by=rule.by,
+            group=group,
+            rows=int(chosen.sum()),
+            metric=rule.metric,
+            estimate=estimate(rows.within(chosen), rule.metric, confidence) if _judged(rows, rule, chosen) else None,
+        )
+        for rule in rules.slices
+        for group, chosen in _groups(columns, rule.by)
+    )
+
+
+def differences(
+    rules: GateRules,
+    task: str,
+    truth: Array,
+    challenger: Array,
+    champion: Array,
+    *,
+    clusters: Array,
+    columns: Mapping[str, Array],
+    confidence: float,
+    classes: Sequence[Any] | None = None,
+) -> tuple[Difference, ...]:
+    """Challenger minus champion in each group that `estimates` judges; the others are named there, with None."""
+    if not rules.slices:
+        return ()
+    new = Rows.of(task, truth, challenger, clusters, classes)
+    old = Rows.of(task, truth, champion, clusters, classes)
+    return tuple(
+        Difference(
+            metric=rule.metric,
+            by=rule.by,
+            group=group,
+            rows=int(chosen.sum()),
+            estimate=paired(new.within(chosen), old.within(chosen), rule.metric, confidence),
+        )
+        for rule in rules.slices
+        for group, chosen in _groups(columns, rule.by)
+        if _judged(new, rule, chosen)
+    )
+
+
+def _groups(columns: Mapping[str, Array], by: str) -> Iterator[tuple[str, Array]]:
+    """The groups of a column in sorted order, each with the (n,) mask of its rows; nulls are the group `null`."""
+    if by not in columns:
+        raise EvaluationError(f"gate.slices: the hold-out rows have no column {by!r}", fix=nearest(by, columns))
+    names = np.array(["null" if each is None else str(each) for each in columns[by].tolist()])
+    for group in np.unique(names).tolist():
+        yield group, names == group
+
+
+def _judged(rows: Rows, rule: SliceRule, chosen: Array) -> bool:
+    """Whether the group has rows enough, and the metric is defined on them; that hangs on the truth alone."""
+    if chosen.sum() < rule.min_rows:
+        return False
+    group = rows.within(chosen)
+    return not np.isnan(figures(group, rule.metric, np.ones((1, group.partitions)))).any()
