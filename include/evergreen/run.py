@@ -27,9 +27,13 @@ class Value(BaseModel):
 
 
 def digest(content: Any) -> str:
-    """sha256 of the canonical JSON of `content` (sorted keys, no spaces): the hash of keys and of rules."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """sha256 of the canonical JSON of `content`: the hash of keys and of rules."""
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def canonical_json(content: Any) -> str:
+    """`content` as JSON that is the same wherever it is written: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=False)
 
 
 def _plain(content: Any) -> Any:
