@@ -2,27 +2,34 @@
 
 The folder of a job, under `settings.jobs`:
 
-    job.json            the JobSpec
+    job.json            the JobSpec; written after `input/` is whole
+    inputs.json         the size of each file of `input/`, so that a truncated folder is seen
     input/              what the job reads: `pack/` (the pack's Python) and, by kind,
                         train: `train/*.parquet`, `validation/*.parquet` (never a hold-out row)
                         score: `model/` (a model folder), `rows/*.parquet` (no target column)
     output/             what it leaves: `model/`, `predictions.parquet` or `frames/*.arrow`; `result.json` last, so that
                         its existence is the proof
     checkpoint/         what a restarted job goes on from
-    heartbeat           touched while the job lives
+    pid.json, lock      which process it is; see `runtimes/process.py`
+    heartbeat           touched every second while the job lives
     progress.jsonl      a line for each report of progress
     log.txt             its standard output and error
 
-A job never talks to Airflow, MLflow or the events database.
+A job never talks to Airflow, MLflow or the events database. Its id derives from what it does, so asking for a job that
+was started before finds it: finished, alive, or dead with a checkpoint to go on from.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import math
+import os
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +37,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
-from evergreen.errors import TrainingError, nearest
-from evergreen.run import Value, Window
+from evergreen import errors
+from evergreen.errors import EvaluationError, EvergreenError, JobError, SourceError, TrainingError, nearest
+from evergreen.run import Hardware, Value, Window
+from evergreen.settings import Settings
+from evergreen.training.checkpoints import write_whole
+from evergreen.training.runtimes import process as runtime
 
 if TYPE_CHECKING:
     import polars as pl
@@ -40,7 +51,7 @@ if TYPE_CHECKING:
 class JobSpec(Value):
     """`job.json`: all that a job is told. Paths inside are relative to its folder, so that it can move."""
 
-    id: str
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     kind: Literal["read", "train", "score"]
     pack: str
     call: str | None = None
@@ -54,6 +65,262 @@ class JobSpec(Value):
     timeout_s: float
     window: Window | None = None
     """For `read`: which rows."""
+
+
+class Progress(Value):
+    """How far a job is."""
+
+    step: int
+    of: int
+    metrics: dict[str, float]
+    eta_s: float | None
+    """Seconds left, by the pace of the last reports; None before the second one."""
+
+    @property
+    def fraction(self) -> float:
+        return min(self.step / self.of, 1.0) if self.of else 0.0
+
+
+class Failure(Value):
+    """Why a job failed."""
+
+    error: str
+    """A class of `evergreen.errors`, or the type of whatever else escaped."""
+    what: str
+    fix: str | None = None
+    """Of an EvergreenError."""
+    where: tuple[str, ...] = ()
+    """`file:line in function: code`, outermost first, within the pack's or the model's own files."""
+
+
+class JobResult(Value):
+    """`output/result.json`: how a job ended."""
+
+    ok: bool
+    failure: Failure | None = None
+    duration_s: float
+    """Of the process that ended, from its start."""
+    hardware: Hardware
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """`train`: raw column → type."""
+    requirements: tuple[str, ...] = ()
+    """`train`: pinned distributions of the model folder."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """`train`: as last reported; `score`: rows, latency_p50_ms, latency_p95_ms; `read`: rows, frames."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Python's, Evergreen's and, for `train`, of the required distributions, local labels such as `+cpu` included."""
+    files: dict[str, int] = Field(default_factory=dict)
+    """Files of `output/` → bytes, without this one."""
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A job that was started, or found."""
+
+    folder: Path
+    spec: JobSpec
+    found: Literal["absent", "dead", "alive", "finished"]
+    """In which state `start` found it."""
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+
+def start(settings: Settings, spec: JobSpec, fill: Callable[[Path], None]) -> Handle:
+    """See to it that the job runs, once: adopt it where it is finished or alive, otherwise start it.
+
+    A dead job goes on from its checkpoint, on the inputs it has. One that never was, or whose folder is not whole, is
+    given a new folder: `fill` puts what it reads into the empty folder it is handed. Two callers may ask at once.
+    """
+    folder = settings.jobs / spec.id
+    with _claimed(folder):
+        found = _state(folder, spec)
+        if found in ("absent", "dead"):
+            runtime.stop(folder)  # what a killed job has left running
+            if found == "absent":
+                _fill(folder, spec, fill)
+            shutil.rmtree(folder / "output", ignore_errors=True)
+            runtime.launch(folder)
+    return Handle(folder=folder, spec=spec, found=found)
+
+
+def wait(handle: Handle, on_progress: Callable[[Progress], None] | None = None) -> JobResult:
+    """The result, when the job has ended; meanwhile its progress, as it comes.
+
+    An interrupt ends the waiting, not the job. Raises what the job's function is to blame for (SourceError for `read`,
+    TrainingError for `train`, EvaluationError for `score`), and JobError for a job that was killed or ran past its time.
+    """
+    folder, spec = handle.folder, handle.spec
+    shown = None
+    ended = handle.found == "finished"
+    while not ended:
+        ended = runtime.join(folder, timeout_s=0.25)
+        now = progress(folder)
+        if on_progress and now and now != shown:
+            on_progress(now)
+            shown = now
+        # The job ends itself in time; it cannot where it is stopped or stuck in native code.
+        if not ended and runtime.age_s(folder) > spec.timeout_s + 30:
+            runtime.stop(folder)
+            raise JobError(
+                f"the {spec.kind} job {spec.id} of {spec.pack} was stopped: it ran past {spec.timeout_s:g} s{_tail(folder)}",
+                fix=_MORE_TIME,
+            )
+    with _claimed(folder):
+        if runtime.join(folder, timeout_s=0.0):  # nobody has started it again
+            runtime.stop(folder)  # what its function may have left running
+    result = read_result(folder)
+    if result is None:
+        raise JobError(
+            f"the {spec.kind} job {spec.id} of {spec.pack} ended without a result: it was killed, often for want of "
+            f"memory, unless its log says otherwise{_tail(folder)}",
+            fix="run again: a job that keeps checkpoints goes on from the last; give it more memory if it ends so again",
+        )
+    if result.failure is not None:
+        raise _error(result.failure, folder, spec)
+    return result
+
+
+def cancel(handle: Handle) -> None:
+    """End the job and every process it started; its checkpoint stays."""
+    runtime.stop(handle.folder)
+
+
+def discard(settings: Settings, job_id: str) -> None:
+    """Remove a job's folder, ending the job first if it lives."""
+    folder = settings.jobs / job_id
+    if folder.exists():
+        with _claimed(folder):
+            runtime.stop(folder)
+            shutil.rmtree(folder)
+
+
+def progress(folder: Path) -> Progress | None:
+    """How far the job in `folder` is; None before its first report."""
+    try:
+        with (folder / "progress.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line[:1] == "{" and line[-1:] == "\n"]
+    if not lines:
+        return None
+    first, last = lines[-20:][0], lines[-1]
+    steps = last["step"] - first["step"]
+    pace_s = (last["time"] - first["time"]) / steps if steps > 0 else None
+    eta_s = None if pace_s is None else max(0.0, pace_s * (last["of"] - last["step"]))
+    return Progress(step=last["step"], of=last["of"], metrics=last["metrics"], eta_s=eta_s)
+
+
+def read_result(folder: Path) -> JobResult | None:
+    """The result in a job's folder; None where there is none, or where an output it names is missing or truncated."""
+    try:
+        result = JobResult.model_validate_json((folder / "output" / "result.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return result if _holds(folder / "output", result.files) else None
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Relative path → bytes of each file under `folder`."""
+    return {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+_MORE_TIME = "raise training.timeout in pack.yaml, or give the job less to do; run again goes on from its checkpoint"
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made where it is missing, against every other caller on this machine."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # discarded since
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if _is_at(held, folder):
+                yield
+                return
+        finally:
+            os.close(held)
+
+
+def _is_at(held: int, folder: Path) -> bool:
+    """Whether the open folder is still the one at this path, not one discarded while we waited for it."""
+    try:
+        return os.path.samestat(os.fstat(held), folder.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _state(folder: Path, spec: JobSpec) -> Literal["absent", "dead", "alive", "finished"]:
+    try:
+        known = (folder / "job.json").read_bytes() == _told(spec)
+        whole = known and _holds(folder / "input", json.loads((folder / "inputs.json").read_bytes()))
+    except (OSError, ValueError):
+        return "absent"
+    if not whole:
+        return "absent"
+    result = read_result(folder)
+    if result is not None and result.ok:
+        return "finished"
+    return "alive" if runtime.alive(folder) else "dead"
+
+
+def _holds(folder: Path, expected: Mapping[str, int]) -> bool:
+    """Whether each of these files is there with its size."""
+    try:
+        return all((folder / name).stat().st_size == size for name, size in expected.items())
+    except FileNotFoundError:
+        return False
+
+
+def _fill(folder: Path, spec: JobSpec, fill: Callable[[Path], None]) -> None:
+    """Make the folder anew; `job.json` comes last, so that a folder that has it is whole."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    part = folder / "input.part"
+    part.mkdir()
+    fill(part)
+    part.rename(folder / "input")
+    write_whole(folder / "inputs.json", json.dumps(sizes(folder / "input")).encode())
+    write_whole(folder / "job.json", _told(spec))
+
+
+def _told(spec: JobSpec) -> bytes:
+    """`job.json` of this spec."""
+    return json.dumps(spec.model_dump(mode="json"), indent=1, sort_keys=True).encode()
+
+
+def _tail(folder: Path) -> str:
+    """The last lines of the job's log and its path, to end a message with."""
+    log = folder / "log.txt"
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
+    except OSError:
+        lines = []
+    return "".join([f"; log: {log}"] + [f"\n  | {line[:200]}" for line in lines])
+
+
+def _error(failure: Failure, folder: Path, spec: JobSpec) -> EvergreenError:
+    """The failure as an error of ours: its own class where it has one, else that of the job's kind."""
+    where = f" ({failure.where[-1]})" if failure.where else ""
+    own = getattr(errors, failure.error, None)
+    if failure.fix is not None and isinstance(own, type) and issubclass(own, EvergreenError):
+        return own(failure.what + where, fix=failure.fix)
+    kind = {"read": SourceError, "train": TrainingError, "score": EvaluationError}[spec.kind]
+    lines = "".join(f"\n  {line}" for line in failure.where[-3:])
+    return kind(
+        f"{spec.pack}: {spec.call or 'the model'} failed: {failure.error}: {failure.what[:500]}{lines}",
+        fix=f"mend {'the line above' if lines else 'the function'}; the whole traceback: {folder / 'log.txt'}",
+    )
 
 
 class TrainingData:

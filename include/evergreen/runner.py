@@ -1,0 +1,391 @@
+"""The job's entry: `python -m evergreen.runner JOB_DIR` does what the folder's `job.json` says, and ends.
+
+It reads nothing but the folder, and talks to nobody: what became of it is `output/result.json`, written last. A job
+ends itself when its time is up, for nobody may be there to do it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib.metadata
+import importlib.util
+import json
+import mmap
+import os
+import pickletools
+import platform
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from evergreen.errors import EvaluationError, EvergreenError, PackError, SourceError, TrainingError, nearest
+from evergreen.run import Hardware, count
+from evergreen.training import devices
+from evergreen.training.checkpoints import FolderCheckpoint, write_whole
+from evergreen.training.jobs import Failure, Job, JobResult, JobSpec, TrainingData, column_types, pinned, sizes
+from evergreen.training.runtimes import process
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+PICKLES = frozenset([".pkl", ".pickle", ".pt", ".pth", ".joblib"])
+
+
+def main() -> NoReturn:
+    """Run the job in the folder that the command line names; the exit status says whether it succeeded."""
+    started = time.monotonic()
+    folder = Path(sys.argv[1]).resolve()
+    process.record(folder, os.getpid())
+    os.chdir(folder)
+    spec = JobSpec.model_validate_json((folder / "job.json").read_bytes())
+    (folder / "output").mkdir(exist_ok=True)
+    faulthandler.enable()
+    ending = _watch(folder, spec, started)
+    result = run(folder, spec, started)
+    with ending:
+        _leave(folder, result)
+        # Not sys.exit: a thread or an exit handler of the pack's libraries must not keep a finished job waiting.
+        os._exit(0 if result.ok else 1)
+
+
+def run(folder: Path, spec: JobSpec, started: float) -> JobResult:
+    """Do the job; whatever escapes its function is the result's failure. `started` is of the monotonic clock, in s."""
+    device = "cpu"
+    result: dict[str, Any] = {}
+    try:
+        if spec.kind == "train":
+            device = devices.resolve(spec.gpus)
+            result = train(folder, spec, device)
+        else:
+            result = {"read": read, "score": score}[spec.kind](folder, spec)
+    except BaseException as error:  # noqa: BLE001  SystemExit and the like from a pack are failures too
+        traceback.print_exc()
+        result["failure"] = _failure(folder, spec, error)
+    return JobResult(
+        ok="failure" not in result,
+        duration_s=round(time.monotonic() - started, 3),
+        hardware=devices.hardware(device),
+        versions=_versions(result.get("requirements", ())),
+        files=sizes(folder / "output"),
+        **result,
+    )
+
+
+def read(folder: Path, spec: JobSpec) -> dict[str, Any]:
+    """`read`: the frames that the pack's function yields, as Arrow files `output/frames/00000.arrow` and so on."""
+    function = _function(folder / "input" / "pack", spec)
+    frames = folder / "output" / "frames"
+    frames.mkdir()
+    yielded = function(spec.window)
+    if not isinstance(yielded, Iterable):
+        raise SourceError(
+            f"{spec.call} returned {type(yielded).__name__}", fix="yield polars, pandas or pyarrow frames"
+        )
+    rows = number = 0
+    for number, frame in enumerate(yielded, start=1):
+        rows += _write_frame(frame, frames / f"{number - 1:05d}.arrow", spec)
+    return {"metrics": {"rows": rows, "frames": number}}
+
+
+def train(folder: Path, spec: JobSpec, device: str) -> dict[str, Any]:
+    """`train`: the model folder that the pack's function leaves, checked and described in its `model.json`."""
+    import numpy as np
+
+    function = _function(folder / "input" / "pack", spec)
+    model = folder / "output" / "model"
+    model.mkdir()
+    job = Job(
+        params=spec.params,
+        seed=spec.seed,
+        device=device,
+        model_dir=model,
+        checkpoint=FolderCheckpoint(folder / "checkpoint"),
+        folder=folder,
+    )
+    random.seed(spec.seed)
+    np.random.seed(spec.seed)  # noqa: NPY002  packs and scikit-learn draw from the global generator
+    function(TrainingData(folder / "input", target=spec.target, event_time=spec.event_time, task=spec.task), job)
+    inputs = job.inputs or {
+        name: kind for name, kind in column_types(folder / "input" / "train").items() if name != spec.target
+    }
+    if spec.target in inputs:
+        raise TrainingError(
+            f"describe(inputs=…): the model takes {spec.target!r}, the target", fix="leave it out: no client knows it"
+        )
+    requirements = job.requirements or (pinned("numpy"), pinned("pandas"))
+    check_model_folder(model, folder)
+    described = {"task": spec.task, "inputs": inputs, "requirements": requirements}
+    (model / "model.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    return {"inputs": inputs, "requirements": requirements, "metrics": job.metrics}
+
+
+def check_model_folder(model: Path, job_folder: Path) -> None:
+    """Hold a model folder to its laws, `__pycache__` removed first. Raises TrainingError naming the file.
+
+    It has `loader.py`, nothing in it unpickles, and no file speaks of the job's folder, which is gone tomorrow.
+    """
+    for cache in list(model.rglob("__pycache__")):
+        shutil.rmtree(cache)
+    if not (model / "loader.py").is_file():
+        raise TrainingError(
+            f"the training function left no loader.py in job.model_dir ({_names(model)})",
+            fix="write one there with load(folder) returning an object that has predict(frame)",
+        )
+    for file in sorted(file for file in model.rglob("*") if file.is_file()):
+        name = file.relative_to(model)
+        if file.is_symlink():
+            raise TrainingError(f"{name} of the model folder is a link", fix="put the file itself there")
+        if file.suffix in PICKLES or _unpickles(file):
+            raise TrainingError(
+                f"{name} of the model folder is a pickle: loading it would run whatever it holds",
+                fix="keep weights as safetensors, ONNX or skops, and the rest as JSON",
+            )
+        if _mentions(file, os.fsencode(job_folder)):
+            raise TrainingError(
+                f"{name} of the model folder names {job_folder}, which is gone when the model is used",
+                fix="keep no absolute path: loader.py is handed the folder it lies in",
+            )
+
+
+def score(folder: Path, spec: JobSpec) -> dict[str, Any]:
+    """`score`: the model's predictions for all rows, in one batch, and how long it takes for single ones.
+
+    `output/predictions.parquet` has the column `prediction`, or `prediction_0` … `prediction_<k-1>` for k classes, in
+    the order of the rows. Latencies are of predicting a frame of one row, in ms. Raises EvaluationError when the
+    predictions are not what the task asks for.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    model = _import(folder / "input" / "model" / "loader.py").load(folder / "input" / "model")
+    files = sorted((folder / "input" / "rows").glob("*.parquet"))
+    tables = [pq.read_table(file, partitioning=None) for file in files]
+    frame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    values = _checked(model.predict(frame), len(frame), spec)
+    columns = (
+        {"prediction": values}
+        if values.ndim == 1
+        else {f"prediction_{k}": values[:, k] for k in range(values.shape[1])}
+    )
+    pq.write_table(pa.table(columns), folder / "output" / "predictions.parquet")
+    return {"metrics": {"rows": len(frame), **_latency_ms(model, frame)}}
+
+
+def _checked(predictions: Any, rows: int, spec: JobSpec) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Predictions as floats of shape (rows,), or (rows, k) for classes; EvaluationError where they are not."""
+    import numpy as np
+
+    values = np.asarray(predictions, dtype=np.float64)
+    if values.shape[:1] != (rows,):
+        found = count(values.shape[0], "prediction") if values.ndim else "a single number"
+        raise EvaluationError(
+            f"the model of {spec.pack} returned {found} for {count(rows, 'row')}",
+            fix="make predict(frame) of its loader.py return one prediction for each row of the frame",
+        )
+    if values.ndim != (2 if spec.task == "multiclass" else 1):
+        wanted = "(rows, classes)" if spec.task == "multiclass" else "(rows,)"
+        raise EvaluationError(
+            f"the model of {spec.pack} returned predictions of shape {values.shape}",
+            fix=f"make predict(frame) of its loader.py return shape {wanted}, as data.task {spec.task} asks for",
+        )
+    wrong = ~np.isfinite(values)
+    if spec.task != "regression":
+        wrong |= (values < 0) | (values > 1)
+    if wrong.any():
+        row = int(np.argwhere(wrong)[0][0])
+        raise EvaluationError(
+            f"the model of {spec.pack} returned {values[wrong][0]} for row {row}, and {int(wrong.sum())} such values in all",
+            fix="predictions are finite; for binary and multiclass they are probabilities, 0 to 1",
+        )
+    return values
+
+
+def _latency_ms(model: Any, frame: pd.DataFrame) -> dict[str, float]:
+    """p50 and p95 over 200 single rows, spread over the frame, after 30 to warm up; fewer when they take over 10 s."""
+    import numpy as np
+
+    spread = np.linspace(0, len(frame) - 1, num=230).astype(int)
+    taken: list[float] = []
+    begun = time.perf_counter()
+    for position in np.roll(spread, 30):
+        row = frame.iloc[[position]]
+        before = time.perf_counter()
+        model.predict(row)
+        taken.append((time.perf_counter() - before) * 1000)
+        if before - begun > 10:
+            break
+    p50, p95 = np.percentile(taken[30:] or taken, [50, 95])
+    return {"latency_p50_ms": round(float(p50), 4), "latency_p95_ms": round(float(p95), 4)}
+
+
+def _write_frame(frame: Any, file: Path, spec: JobSpec) -> int:
+    """Write a frame of polars, pandas or pyarrow as an Arrow file; its number of rows."""
+    library = type(frame).__module__.partition(".")[0]
+    if library == "polars" and hasattr(frame, "write_ipc"):
+        import polars as pl
+
+        frame.write_ipc(file, compat_level=pl.CompatLevel.oldest())
+        return int(frame.height)
+    import pyarrow as pa
+
+    if library == "pandas" and hasattr(frame, "columns"):
+        frame = pa.Table.from_pandas(frame, preserve_index=False)
+    if isinstance(frame, pa.RecordBatch):
+        frame = pa.Table.from_batches([frame])
+    if not isinstance(frame, pa.Table):
+        raise SourceError(
+            f"{spec.call} yielded {type(frame).__module__}.{type(frame).__name__}",
+            fix="yield polars, pandas or pyarrow frames",
+        )
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, frame.schema) as writer:
+        writer.write_table(frame)
+    return int(frame.num_rows)
+
+
+def _function(pack: Path, spec: JobSpec) -> Callable[..., Any]:
+    """The function of the pack that the job calls. Raises PackError when the file has none of that name."""
+    assert spec.call is not None
+    module_name, _, name = spec.call.partition(":")
+    sys.path.insert(0, str(pack))  # a pack's files may import one another
+    module = _import(pack / f"{module_name}.py")
+    function = getattr(module, name, None)
+    if not callable(function):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        raise PackError(f"{spec.pack}/{module_name}.py has no function {name!r}", fix=nearest(name, own))
+    return function  # type: ignore[no-any-return]
+
+
+def _import(file: Path) -> ModuleType:
+    """The module in `file`, under its own name unless that is taken."""
+    name = file.stem if file.stem not in sys.modules else f"pack_{file.stem}"
+    found = importlib.util.spec_from_file_location(name, file)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    found.loader.exec_module(module)
+    return module
+
+
+def _unpickles(file: Path) -> bool:
+    """Whether the file starts as a pickle of protocol 2 or later does, or is a zip that holds one."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            return any(Path(name).suffix in PICKLES for name in archive.namelist())
+    with file.open("rb") as stream:
+        head = stream.read(2)
+        if head[:1] != b"\x80" or not 2 <= head[-1] <= 5:
+            return False
+        stream.seek(0)
+        try:  # a safetensors file may begin with the same two bytes, and then holds no opcodes
+            operations = pickletools.genops(stream)
+            return all(next(operations, None) is not None for _ in range(2))
+        except ValueError:
+            return False
+
+
+def _mentions(file: Path, text: bytes) -> bool:
+    if file.stat().st_size == 0:
+        return False
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(text) >= 0
+
+
+def _names(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "") if names else "it is empty"
+
+
+def _failure(folder: Path, spec: JobSpec, error: BaseException) -> Failure:
+    """What escaped, and where in the pack's or the model's files."""
+    frames = list(_own_frames(folder, spec, error))
+    if isinstance(error, EvergreenError):
+        return Failure(error=type(error).__name__, what=error.what, fix=error.fix, where=tuple(frames[-3:]))
+    return Failure(error=type(error).__name__, what=str(error), where=tuple(frames[-3:]))
+
+
+def _own_frames(folder: Path, spec: JobSpec, error: BaseException) -> Iterator[str]:
+    places = {folder / "input" / "pack": spec.pack, folder / "input" / "model": f"the model of {spec.pack}"}
+    stack = [
+        (frame.filename, frame.lineno, f" in {frame.name}", frame.line)
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    if isinstance(error, SyntaxError) and error.filename:
+        stack.append((error.filename, error.lineno, "", (error.text or "").strip()))
+    for filename, line, function, code in stack:
+        for place, name in places.items():
+            if Path(filename).is_relative_to(place):
+                yield f"{name}/{Path(filename).relative_to(place)}:{line}{function}: {code}"
+
+
+def _versions(requirements: Iterable[str]) -> dict[str, str]:
+    versions = {"python": platform.python_version(), "evergreen": importlib.metadata.version("evergreen-training")}
+    return versions | {
+        name: importlib.metadata.version(name) for name in (text.partition("==")[0] for text in requirements)
+    }
+
+
+def _watch(folder: Path, spec: JobSpec, started: float) -> threading.Lock:
+    """Touch `heartbeat` every second, and end the job when its time is up or its folder is gone.
+
+    Whoever ends the job holds the lock that is returned, so that there is one result.
+    """
+    ending = threading.Lock()
+    (folder / "heartbeat").touch()
+
+    def beat() -> None:
+        while True:
+            left_s = started + spec.timeout_s - time.monotonic()
+            time.sleep(min(1.0, max(left_s, 0.0)))
+            try:
+                os.utime(folder / "heartbeat")
+            except FileNotFoundError:
+                _end_all()
+            if left_s <= 0:
+                with ending:
+                    faulthandler.dump_traceback()
+                    _leave(folder, _late(spec))
+                    _end_all()
+
+    threading.Thread(target=beat, daemon=True).start()
+    # The thread cannot act while native code holds the interpreter; this timer can.
+    faulthandler.dump_traceback_later(spec.timeout_s + 10, exit=True)
+    return ending
+
+
+def _late(spec: JobSpec) -> JobResult:
+    failure = Failure(
+        error="JobError",
+        what=f"the {spec.kind} job {spec.id} of {spec.pack} ran past its {spec.timeout_s:g} s",
+        fix="raise training.timeout in pack.yaml, or give it less to do; run again goes on from its checkpoint",
+    )
+    return JobResult(
+        ok=False, failure=failure, duration_s=spec.timeout_s, hardware=Hardware(device="cpu", name="unknown")
+    )
+
+
+def _leave(folder: Path, result: JobResult) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    write_whole(folder / "output" / "result.json", result.model_dump_json(indent=1).encode())
+
+
+def _end_all() -> None:
+    """End this process and, where it leads its own session, all that it started."""
+    if os.getsid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
