@@ -415,3 +415,15 @@ class Run:
     def slug(self) -> str:
         """12 hex digits of the id's sha256."""
         return hashlib.sha256(self.id.encode()).hexdigest()[:12]
+
+
+STAGE_VALUES: dict[str, type[Value]] = {
+    "ingest": Ingested,
+    "validate": Validated,
+    "snapshot": Snapshot,
+    "train": Trained,
+    "evaluate": Evaluated,
+    "register": Registered,
+    "promote": Promoted,
+}
+"""The stages in order, and the value each gives."""

@@ -1,0 +1,72 @@
+# Evergreen. `make help` says what there is; every target sets up what it needs.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACK ?= flight_delay
+AS_OF ?= 2013-04-01
+UV_VERSION := 0.13.8
+# uv does not read pip's setting for wheels that lie in a folder.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Compiled modules halve every import; an environment that forbids them would slow each task.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help run up down test lint prove new-pack check lock bench clean
+
+help:  ## this text
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	@test -x $(BIN)/uv && $(BIN)/uv --version | grep -qF $(UV_VERSION) || { \
+	  echo "set-up: a virtual environment in $(VENV)"; \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Evergreen needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 1; }; \
+	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
+	@echo "set-up: locked packages (once, about a minute)"
+	@$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -r requirements.txt
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+	@echo "set-up: development packages"
+	@$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -r requirements-dev.txt
+	@touch $@
+
+run: $(VENV)/.ready  ## train the pack end to end: make run [PACK=flight_delay] [AS_OF=2013-04-01]
+	@$(BIN)/evergreen run $(PACK) --as-of $(AS_OF)
+
+up: $(VENV)/.ready  ## Airflow (UI, scheduler, triggerer) and the MLflow UI, on loopback
+	@$(BIN)/evergreen up
+
+down: $(VENV)/.ready  ## stop what `make up` started
+	@$(BIN)/evergreen down
+
+new-pack: $(VENV)/.ready  ## a working pack to start from: make new-pack NAME=churn
+	@test -n "$(NAME)" || { echo "name it: make new-pack NAME=churn"; exit 2; }
+	@$(BIN)/evergreen new $(NAME)
+
+check: $(VENV)/.ready  ## hold a pack to the laws: make check PACK=digits
+	@$(BIN)/evergreen check $(PACK)
+
+test: lint  ## lint, then every test but the large trial counts
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not prove and not gpu" $(ARGS)
+
+lint: $(VENV)/.ready-dev  ## ruff, mypy --strict, and who may import whom
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+prove: $(VENV)/.ready-dev  ## large trial counts; figures go to docs/LOG.md by hand
+	@$(BIN)/python -m pytest -m "prove" -p no:randomly --timeout 3600 $(ARGS)
+
+bench: $(VENV)/.ready-dev  ## every claim of speed and quality, beside its peer
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+lock: $(VENV)/.ready  ## requirements.txt from requirements.in, requirements-dev.txt from requirements-dev.in
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" requirements.in -o requirements.txt
+	@printf 'torch==2.13.0\n    # no hash: see requirements.in\n' >> requirements.txt
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" requirements-dev.in -o requirements-dev.txt
+
+clean: down  ## remove the embedded home: data, models and runs
+	@rm -rf var

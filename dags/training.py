@@ -1,0 +1,9 @@
+"""One training DAG per pack: <pack>__train."""
+
+from evergreen.orchestration.dags import broken_packs_dag, packs_to_parse, training_dag
+
+packs, broken = packs_to_parse()
+for pack in packs:
+    globals()[f"{pack.name}__train"] = training_dag(pack)
+if broken:
+    broken_packs = broken_packs_dag(broken)

@@ -1,0 +1,505 @@
+"""`evergreen …`: what an engineer asks of the platform from a terminal. Shows, and hands on; decides nothing.
+
+Every command takes `--json`: one JSON document on standard output, with stable keys. The exit status is 0 when what
+was asked for is so, 1 when it failed, 2 when the words of the command were wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from evergreen import database as db
+from evergreen.errors import EvergreenError, PackError, RegistryError
+from evergreen.history import history_of, runs_of, why_run
+from evergreen.keys import Note
+from evergreen.pack import Pack, find, load, parse_instant
+from evergreen.settings import Settings
+
+app = typer.Typer(
+    name="evergreen",
+    help="Keeps models trained, and can say and prove what made each of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
+PackName = Annotated[str, typer.Argument(help="The pack's name: its folder under include/packs.")]
+
+
+def main() -> None:
+    """Run a command; an error that a person can mend is shown without a traceback."""
+    try:
+        app()
+    except EvergreenError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": type(error).__name__, "what": error.what, "fix": error.fix}))  # noqa: T201
+        Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
+        raise SystemExit(1) from None
+
+
+def out() -> Console:
+    """Standard output; as wide as the terminal, or as it must be when there is none."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def show_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, default=str))  # noqa: T201
+
+
+@app.command()
+def packs(as_json: AsJson = False) -> None:
+    """The packs: what each keeps trained, and how its last run ended."""
+    settings = Settings.from_env()
+    database = db.connect(settings.database_url)
+    rows = []
+    for folder in find(settings.packs):
+        try:
+            pack = Pack.load(folder)
+        except PackError as error:
+            rows.append({"pack": folder.name, "description": None, "owner": None, "schedule": None, "error": str(error)})
+            continue
+        last = runs_of(database, pack.name, limit=1)
+        rows.append(
+            {
+                "pack": pack.name,
+                "description": pack.description,
+                "owner": pack.owner,
+                "schedule": pack.triggers.schedule,
+                "last_run": last[0] if last else None,
+                "error": None,
+            }
+        )
+    if as_json:
+        show_json(rows)
+        return
+    table = Table("pack", "keeps trained", "schedule", "last run", box=None, pad_edge=False)
+    for row in rows:
+        if row["error"]:
+            table.add_row(row["pack"], Text(str(row["error"]), style="red"), "", "")
+            continue
+        last = row["last_run"]
+        ended = f"{last['outcome']}, as of {last['as_of'][:10]}" if last else "none yet"
+        table.add_row(row["pack"], row["description"], row["schedule"] or "", ended)
+    out().print(table)
+
+
+@app.command()
+def run(
+    pack: PackName,
+    as_of: Annotated[str | None, typer.Option(help="See no data at or after this: 2013-04-01.")] = None,
+    reason: Annotated[str, typer.Option(help="Why; it stays on the run and on the version.")] = "a person asked",
+    force: Annotated[bool, typer.Option("--force", help="Do the work again where an earlier run did the same.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the chain once, through a real Airflow DAG run, and show how it ended."""
+    settings = Settings.from_env()
+    loaded = load(settings.packs, pack)
+    if as_of is not None:
+        try:
+            parse_instant(as_of)
+        except ValueError as error:
+            raise typer.BadParameter(f"{as_of!r} {error}", param_hint="--as-of") from None
+    conf = {"as_of": as_of, "reason": reason, "force": force}
+    view = RunView(loaded, as_of, reason, plain=as_json or not sys.stdout.isatty(), silent=as_json)
+    log_file, finished = _execute(settings, loaded, conf, view)
+    database = db.connect(settings.database_url)
+    ended = history_of(database, finished.run_id)
+    if as_json:
+        show_json({**ended, "success": finished.success, "log": str(log_file)})
+    else:
+        _show_end(ended, log_file, loaded)
+    if not finished.success:
+        raise typer.Exit(1)
+
+
+def _execute(settings: Settings, pack: Pack, conf: dict[str, Any], view: RunView) -> tuple[Path, Any]:
+    """Through the scheduler where one runs on this home, else in this process, with Airflow's own log in a file."""
+    from evergreen.orchestration import embedded
+
+    logs = settings.home / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    if "airflow" in embedded.services(settings):
+        database = db.connect(settings.database_url)
+        with view.live():
+            finished = embedded.run_through_scheduler(
+                settings, pack.name, conf, lambda run_id: view.follow(history_of(database, run_id))
+            )
+        return logs / "airflow.log", finished
+    log_file = logs / f"run-{pack.name}-{time.strftime('%Y%m%dT%H%M%S')}.log"
+    with log_file.open("w", encoding="utf-8") as log, view.live(), _output_to(log):
+        logging.getLogger("evergreen").addHandler(view.handler)
+        try:
+            finished = embedded.run_in_process(settings, pack.name, conf)
+        finally:
+            logging.getLogger("evergreen").removeHandler(view.handler)
+    return log_file, finished
+
+
+@contextlib.contextmanager
+def _output_to(log: IO[str]) -> Iterator[None]:
+    """Send this process's standard output and error, file descriptors included, to `log` for a while."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, descriptor in zip((1, 2), kept, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
+@dataclass
+class RunView:
+    """The live view of a run: a line for each stage, the one that runs with a spinner and its progress."""
+
+    pack: Pack
+    as_of: str | None
+    reason: str
+    plain: bool
+    silent: bool
+    lines: dict[str, Note] = field(default_factory=dict)
+    began: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # The terminal as it is now: standard output goes to a log file while Airflow runs in this process.
+        terminal = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        self.console = Console(file=terminal, highlight=False, soft_wrap=self.plain, quiet=self.silent)
+        self.handler = _NoteHandler(self)
+        self._live: Live | None = None
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Show the run while the block lasts."""
+        when = f"  as of {self.as_of}" if self.as_of else ""
+        self.console.print(f"[bold]{self.pack.name}[/]{when}  because {escape(self.reason)}")
+        if self.plain:
+            yield
+            return
+        with Live(
+            console=self.console,
+            get_renderable=self._render,
+            refresh_per_second=10,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as self._live:
+            yield
+            self._live.refresh()
+        self._live = None
+
+    def take(self, said: Note) -> None:
+        """Take in what is said of a stage."""
+        self.began.setdefault(said.stage, time.monotonic())
+        self.lines[said.stage] = said
+        if self.plain and said.state in ("done", "skipped", "failed"):
+            self.console.print(_line(said))
+
+    def follow(self, history: dict[str, Any]) -> None:
+        """Take in a run's stages as the events tell them (when another process performs them)."""
+        for stage in history["stages"]:
+            if stage["stage"] not in self.lines or self.lines[stage["stage"]].state == "running":
+                self.take(
+                    Note(history["run_id"], stage["stage"], stage["state"], stage["summary"], seconds=stage["seconds"])
+                )
+
+    def _render(self) -> Group:
+        rows: list[Any] = []
+        for stage, said in list(self.lines.items()):
+            if said.state in ("running", "progress"):
+                seconds = time.monotonic() - self.began[stage]
+                bar = f"{said.fraction:4.0%} " if said.fraction is not None else ""
+                rows.append(Spinner("dots", Text(f"{stage:<9} {bar}{said.text}  {seconds:.0f} s", style="cyan")))
+            else:
+                rows.append(_line(said))
+        if not rows:
+            rows.append(Spinner("dots", Text("starting Airflow in this process", style="cyan")))
+        return Group(*rows)
+
+
+MARKS = {"done": ("✓", "green"), "skipped": ("≡", "blue"), "failed": ("✗", "red")}
+
+
+def _line(said: Note) -> Text:
+    mark, style = MARKS[said.state]
+    seconds = f"  {said.seconds:.1f} s" if said.seconds is not None else ""
+    return Text.assemble((f"{mark} ", style), (f"{said.stage:<9} ", "bold"), said.text, (seconds, "dim"))
+
+
+class _NoteHandler(logging.Handler):
+    """Hands the Notes that log records carry to the live view."""
+
+    def __init__(self, view: RunView) -> None:
+        super().__init__()
+        self.view = view
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = getattr(record, "evergreen_note", None)
+        if isinstance(said, Note):
+            self.view.take(said)
+
+
+def _show_end(ended: dict[str, Any], log_file: Path, pack: Pack) -> None:
+    console = out()
+    console.print()
+    if ended["failure"]:
+        failure = ended["failure"]
+        console.print(f"[bold red]{failure['error']}[/] in {failure['stage']}: {escape(failure['what'])}")
+        if failure["fix"]:
+            console.print(f"  fix: {escape(failure['fix'])}")
+    elif ended["outcome"] == "running":
+        console.print("[bold red]The run ended before its last stage.[/]")
+    for key, value in _closing_table(ended).items():
+        console.print(f"[bold]{key:<10}[/] {escape(value)}")
+    console.print(f"[bold]{'log':<10}[/] {log_file}")
+    if ended["version"] is not None:
+        name = pack.name
+        console.print(
+            f"look further: evergreen lineage {name}@{ended['version']} · evergreen why '{ended['run_id']}' · make up"
+        )
+
+
+def _closing_table(ended: dict[str, Any]) -> dict[str, str]:
+    rows = {"run": f"{ended['run_id']}, as of {ended['as_of']}"}
+    if ended["verdict"]:
+        rows["verdict"] = f"{ended['verdict']['decision']}: {'; '.join(ended['verdict']['reasons'])}"
+    if ended["version"] is not None:
+        rows["version"] = f"{ended['version']} (champion: {ended['champion'] or 'none'})"
+    for metric, figure in (ended["metrics"] or {}).items():
+        text = f"{figure['value']:.4f}"
+        if figure["low"] is not None:
+            text += f"  [{figure['low']:.4f}, {figure['high']:.4f}]"
+        if figure["champion"] is not None:
+            text += f"  champion {figure['champion']:.4f}"
+        rows[metric] = text
+    if ended["snapshot"]:
+        rows["snapshot"] = ended["snapshot"]
+    if ended["stages"]:
+        rows["seconds"] = "  ".join(f"{stage['stage']} {stage['seconds']:.1f}" for stage in ended["stages"])
+    return rows
+
+
+@app.command()
+def runs(
+    pack: PackName,
+    limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """The runs of a pack: when, as of when, why, and how each ended."""
+    settings = Settings.from_env()
+    load(settings.packs, pack)
+    found = runs_of(db.connect(settings.database_url), pack, limit=limit)
+    if as_json:
+        show_json(found)
+        return
+    table = Table("run", "as of", "because", "outcome", "version", box=None, pad_edge=False)
+    for row in found:
+        table.add_row(
+            row["run_id"], row["as_of"][:16], row["reason"], row["outcome"], str(row["version"] or ""), style=None
+        )
+    out().print(table if found else f"{pack} has had no run: evergreen run {pack}")
+
+
+@app.command()
+def why(
+    run_id: Annotated[str, typer.Argument(help="A run's id, as `evergreen runs` shows it.")], as_json: AsJson = False
+) -> None:
+    """For each stage of a run: whether it ran or was skipped, and which input had changed."""
+    settings = Settings.from_env()
+    answers = why_run(db.connect(settings.database_url), run_id)
+    if as_json:
+        show_json(answers)
+        return
+    for answer in answers:
+        out().print(Text.assemble((f"{answer['stage']:<9} ", "bold"), f"{answer['what']}: {answer['because']}"))
+
+
+@app.command()
+def lineage(
+    model: Annotated[str, typer.Argument(help="MODEL@champion, MODEL@VERSION, or MODEL for its champion.")],
+    as_json: AsJson = False,
+) -> None:
+    """What made a version: data, code, environment, hardware, parameters, metrics, verdict."""
+    version = _version(Settings.from_env(), model)
+    whole = version.lineage
+    if as_json:
+        show_json(whole)
+        return
+    console = out()
+    for key, value in whole.items():
+        if isinstance(value, dict):
+            for inner, content in value.items():
+                console.print(f"[bold]{key + '.' + inner:<30}[/] {escape(_shown(content))}")
+        else:
+            console.print(f"[bold]{key:<30}[/] {escape(_shown(value))}")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="MODEL@champion, MODEL@VERSION, or MODEL for its champion.")],
+    file: Annotated[Path, typer.Argument(help="Parquet or CSV of raw columns.")],
+    output: Annotated[Path | None, typer.Option(help="Write the predictions there (.parquet or .csv).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict from raw rows with a registered version, in a process of its own."""
+    from evergreen.stages import predict as predict_rows
+
+    settings = Settings.from_env()
+    version = _version(settings, model)
+    predictions = predict_rows(settings, version, file)
+    if output is not None:
+        if output.suffix == ".csv":
+            predictions.write_csv(output)
+        else:
+            predictions.write_parquet(output)
+    if as_json:
+        show_json(
+            {"model": version.name, "version": version.version, "rows": predictions.height}
+            | {name: predictions[name].to_list() for name in predictions.columns}
+        )
+    elif output is None:
+        sys.stdout.write(predictions.write_csv())
+    else:
+        out().print(f"{predictions.height} predictions of {version.name} version {version.version} in {output}")
+
+
+def _version(settings: Settings, model: str) -> Any:
+    from evergreen.registry.models import Registry
+
+    name, _, ref = model.partition("@")
+    if not name:
+        raise RegistryError(f"{model!r} names no model", fix="write MODEL@champion or MODEL@VERSION")
+    return Registry(settings).version(name, ref or "champion")
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Lower-case letters, digits and _; a letter first.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a working pack to start from."""
+    from evergreen.laws import scaffold
+
+    settings = Settings.from_env()
+    folder = scaffold(settings.packs, name)
+    if as_json:
+        show_json({"pack": name, "folder": str(folder), "files": sorted(file.name for file in folder.iterdir())})
+        return
+    console = out()
+    console.print(f"[bold]{name}[/] is in {folder}:")
+    for file in sorted(folder.iterdir()):
+        console.print(f"  {file.name}")
+    console.print(f"Hold it to the laws: evergreen check {name}\nTrain it:            evergreen run {name}")
+
+
+@app.command()
+def check(
+    pack: PackName,
+    as_of: Annotated[str | None, typer.Option(help="Check with data before this.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold a pack to the laws, in under a minute, without touching its data, models or runs."""
+    from evergreen.laws import check_pack
+
+    settings = Settings.from_env()
+    loaded = load(settings.packs, pack)
+    console = out()
+    results = []
+    with tempfile.TemporaryDirectory(prefix="evergreen-check-") as folder:
+        for law in check_pack(settings, loaded, Path(folder), parse_instant(as_of) if as_of else None):
+            results.append({"law": law.name, "holds": law.holds, "detail": law.detail, "seconds": round(law.seconds, 2)})
+            if not as_json:
+                mark = "[green]✓[/]" if law.holds else "[red]✗[/]"
+                detail = f": {escape(law.detail)}" if law.detail else ""
+                console.print(f"{mark} {law.name}{detail}  [dim]{law.seconds:.1f} s[/]")
+    if as_json:
+        show_json(results)
+    if not all(result["holds"] for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def docs(
+    pack: PackName,
+    output: Annotated[Path | None, typer.Option(help="Folder for the site; by default in the home.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build Great Expectations' Data Docs from a pack's last validation."""
+    from evergreen.stages import build_docs
+
+    settings = Settings.from_env()
+    loaded = load(settings.packs, pack)
+    page = build_docs(settings, loaded, output or settings.home / "docs" / pack)
+    if as_json:
+        show_json({"pack": pack, "page": str(page)})
+    else:
+        out().print(f"open {page}")
+
+
+@app.command()
+def up(as_json: AsJson = False) -> None:
+    """Start Airflow (UI, scheduler, triggerer) and the MLflow UI on this home, on loopback only."""
+    from evergreen.orchestration import embedded
+
+    settings = Settings.from_env()
+    addresses = {}
+    for name, address in embedded.up(settings):
+        addresses[name] = address
+        if not as_json:
+            out().print(f"[bold]{name:<8}[/] {address}")
+    if as_json:
+        show_json(addresses)
+    else:
+        out().print(f"logs: {settings.home / 'logs'} · stop: make down")
+
+
+@app.command()
+def down(as_json: AsJson = False) -> None:
+    """Stop what `up` started."""
+    from evergreen.orchestration import embedded
+
+    stopped = embedded.down(Settings.from_env())
+    if as_json:
+        show_json({"stopped": stopped})
+    else:
+        out().print(f"stopped: {', '.join(stopped) if stopped else 'nothing was running'}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def airflow(context: typer.Context) -> None:
+    """Airflow's own command line on this home: `evergreen airflow backfill create --help`."""
+    from evergreen.orchestration import embedded
+
+    settings = Settings.from_env()
+    embedded.prepare(settings)
+    env = {**os.environ, **embedded.environment(settings)}
+    code = subprocess.run([str(Path(sys.executable).parent / "airflow"), *context.args], env=env, check=False).returncode
+    raise typer.Exit(code)

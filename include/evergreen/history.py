@@ -1,0 +1,146 @@
+"""The events read as runs: how each ended, and why each of its stages ran or was skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evergreen.database import Database, Event
+from evergreen.errors import StageError, nearest
+from evergreen.run import STAGE_VALUES, Evaluated, Promoted, Registered, Snapshot, Value
+
+
+def runs_of(database: Database, pack: str, limit: int = 20) -> list[dict[str, Any]]:
+    """The newest runs of a pack, newest first: run_id, pack, at, as_of, reason, outcome, version, champion."""
+    began = database.events(pack, kind="run", newest_first=True, limit=limit)
+    keep = ("run_id", "pack", "at", "as_of", "reason", "outcome", "version", "champion")
+    return [{key: whole[key] for key in keep} for whole in (history_of(database, str(event.run_id)) for event in began)]
+
+
+def history_of(database: Database, run_id: str) -> dict[str, Any]:
+    """One run: its stages with state, summary and seconds; its failure, verdict, version, metrics and snapshot.
+
+    `outcome` is running, failed, promoted, rejected, review or unchanged (nothing new was learned).
+    """
+    events = database.events(run_id=run_id)
+    begin = next((event for event in events if event.kind == "run"), None)
+    if begin is None:
+        known = {str(event.run_id) for event in database.events(kind="run", newest_first=True, limit=50)}
+        raise StageError(f"there is no run {run_id!r}", fix=nearest(run_id, known))
+    stages, values = _stages(database, events)
+    evaluated, registered, promoted = (values.get(name) for name in ("evaluate", "register", "promote"))
+    failure = next((event.body for event in reversed(events) if event.kind == "failure"), None)
+    if failure is not None and failure["stage"] in values:
+        failure = None  # a later attempt succeeded
+    named = values.get("snapshot")
+    return {
+        "run_id": run_id,
+        "pack": begin.pack,
+        "at": begin.at.isoformat(),
+        "as_of": begin.body["as_of"],
+        "reason": begin.body["reason"],
+        "outcome": _outcome(promoted, failure),
+        "stages": stages,
+        "failure": failure,
+        "verdict": promoted.verdict.model_dump(mode="json") if isinstance(promoted, Promoted) else None,
+        "version": registered.version if isinstance(registered, Registered) else None,
+        "champion": promoted.champion if isinstance(promoted, Promoted) else None,
+        "metrics": _metrics(evaluated) if isinstance(evaluated, Evaluated) else None,
+        "snapshot": named.tag if isinstance(named, Snapshot) else None,
+    }
+
+
+def why_run(database: Database, run_id: str) -> list[dict[str, Any]]:
+    """For each stage of a run: stage, what (ran, skipped or failed), because (in words), changed (parts of its key)."""
+    events = database.events(run_id=run_id)
+    if not events:
+        history_of(database, run_id)  # raises, naming the nearest run
+    answers = []
+    for event in events:
+        if event.kind == "receipt":
+            because = f"{event.body['of']} did the same work, and its outputs were verified again"
+            answers.append({"stage": event.body["stage"], "what": "skipped", "because": because, "changed": []})
+        elif event.kind == "failure":
+            answers.append({"stage": event.body["stage"], "what": "failed", "because": event.body["what"], "changed": []})
+        elif event.kind == "stage":
+            answers.append(_why_it_ran(database, event))
+    return answers
+
+
+def _stages(database: Database, events: list[Event]) -> tuple[list[dict[str, Any]], dict[str, Value]]:
+    """What the live view and the tables show of each stage, and the values."""
+    rows: dict[str, dict[str, Any]] = {}
+    values: dict[str, Value] = {}
+    for event in events:
+        stage: str = event.body.get("stage", "")
+        if event.kind == "failure":
+            rows[stage] = {"stage": stage, "state": "failed", "summary": event.body["what"], "seconds": None}
+        elif event.kind in ("stage", "receipt"):
+            source = event if event.kind == "stage" else database.latest(event.pack, kind="stage", key=event.key)
+            assert source is not None, "a receipt names a stage event"
+            value = STAGE_VALUES[stage].model_validate(source.body["value"])
+            values[stage] = value
+            rows[stage] = {
+                "stage": stage,
+                "state": "done" if event.kind == "stage" else "skipped",
+                "summary": value.summary(),  # type: ignore[attr-defined]
+                "seconds": event.body["seconds"],
+            }
+    return [rows[name] for name in STAGE_VALUES if name in rows], values
+
+
+def _outcome(promoted: Value | None, failure: Any) -> str:
+    if isinstance(promoted, Promoted):
+        if promoted.previous == promoted.version == promoted.champion:
+            return "unchanged"
+        if promoted.verdict.decision == "promote":
+            return "promoted" if promoted.champion == promoted.version else "superseded"
+        return {"reject": "rejected", "review": "review"}[promoted.verdict.decision]
+    return "failed" if failure else "running"
+
+
+def _metrics(evaluated: Evaluated) -> dict[str, dict[str, float | None]]:
+    champion = evaluated.champion.metrics if evaluated.champion else {}
+    return {
+        name: {
+            "value": estimate.value,
+            "low": estimate.low,
+            "high": estimate.high,
+            "champion": champion[name].value if name in champion else None,
+        }
+        for name, estimate in evaluated.challenger.metrics.items()
+    }
+
+
+def _why_it_ran(database: Database, event: Event) -> dict[str, Any]:
+    stage = event.body["stage"]
+    before = next(
+        (
+            earlier
+            for earlier in database.events(event.pack, kind="stage", newest_first=True)
+            if earlier.position < event.position and earlier.body["stage"] == stage
+        ),
+        None,
+    )
+    if before is None:
+        return {"stage": stage, "what": "ran", "because": "for the first time", "changed": []}
+    changed = sorted(_differences(before.body["parts"], event.body["parts"]))
+    shown = [name for name in changed if name != "inputs.run"]
+    if "inputs.run" in changed:
+        because = {"ingest": "every run looks at the source once", "promote": "every run asks the gate once"}[stage]
+        because += f"; changed since {before.run_id}: {', '.join(shown)}" if shown else ""
+    elif shown:
+        because = f"changed since {before.run_id}: {', '.join(shown)}"
+    else:
+        because = f"asked for by force, or what {before.run_id} left was missing or altered"
+    return {"stage": stage, "what": "ran", "because": because, "changed": shown}
+
+
+def _differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """Dotted names of what differs between two nested mappings."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [
+            name
+            for key in before.keys() | after.keys()
+            for name in _differences(before.get(key), after.get(key), f"{where}.{key}" if where else key)
+        ]
+    return [] if before == after else [where]
