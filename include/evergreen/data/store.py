@@ -1,0 +1,680 @@
+"""The content-addressed store: DVC's cache on this machine, its remote shared by all, and the git history of snapshots.
+
+Objects lie in DVC 3's layout, `files/md5/<2 hex>/<30 hex>`, in the cache and in the remote alike, so stock `dvc` reads
+whatever is stored here; a folder is DVC's listing, a JSON object whose name ends in `.dir`. Remotes are reached through
+DVC's own file systems and configuration. What DVC leaves to one process at a time is done here so that many may work on
+one cache: an object is written under a name of its own, hashed where it lies, and renamed to its hash; so nothing
+half-written is ever visible, and nothing enters under a hash that is not its own.
+
+A snapshot is a commit made without a checkout, in a git repository that lives as long as the commit takes: nothing of
+it is shared, so nothing needs a lock, and git itself decides who was first.
+
+It does not collect garbage: an object stays until somebody removes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from evergreen.errors import EvergreenError, StoreError
+from evergreen.run import Ref, Value, canonical_json, count
+from evergreen.settings import Settings
+
+ATTEMPTS = 4
+PAUSE_S = 0.15
+"""Before the second attempt; three times as long before each further one: 2 s in all."""
+GIT_TIMEOUT_S = 120
+PROTECTED = 0o444
+"""The mode of stored files: DVC trusts them without hashing them again."""
+REMOTE = "store"
+"""The DVC remote's name: credentials go under it, as in `dvc remote modify --global store …`."""
+MAIN = "main"
+IDENTITY = "Evergreen <evergreen@localhost>"
+OTHER_REPOSITORY = frozenset(
+    {
+        "GIT_DIR",
+        "GIT_WORK_TREE",
+        "GIT_INDEX_FILE",
+        "GIT_OBJECT_DIRECTORY",
+        "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+        "GIT_COMMON_DIR",
+        "GIT_NAMESPACE",
+        "GIT_PREFIX",
+        "GIT_AUTHOR_DATE",
+        "GIT_COMMITTER_DATE",
+    }
+)
+"""What git tells the commands it runs, a hook say, about the repository it runs them for."""
+NO_SUCH_LINK = frozenset(
+    {
+        errno.EPERM,
+        errno.EACCES,
+        errno.ENOTSUP,
+        errno.EXDEV,
+        errno.ENOTTY,
+        errno.ENOSYS,
+        errno.EINVAL,
+        errno.EMLINK,
+    }
+)
+"""The disk has no such link, or no more of them, or not for us: the next way may do."""
+README = """# Snapshots
+
+Datasets as Evergreen's runs saw them, versioned with DVC: a branch for each dataset, a tag for each snapshot.
+
+    git branch --all; git tag                               # what there is
+    dvc list THIS_REPOSITORY DATASET --rev TAG              # the files of a snapshot
+    dvc get THIS_REPOSITORY DATASET --rev TAG               # a snapshot's files, anywhere
+    git clone THIS_REPOSITORY; git checkout DATASET; dvc pull
+"""
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Commit(Value):
+    """A version of a dataset in the snapshot repository."""
+
+    revision: str
+    """The git commit."""
+    tag: str
+    hash: str
+    """The DVC tree hash: md5 with `.dir`."""
+    size: int
+    new: bool
+    """False when the dataset was committed before, just so."""
+
+
+class Store:
+    """Objects by their hash, and snapshots by their tag. Cheap to make: nothing is touched until it is used.
+
+    Every method that reads or writes raises StoreError: for a full or missing disk, an unreachable remote, an object
+    that is nowhere to be had intact.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._objects = settings.cache / "files" / "md5"
+        self._scratch = settings.cache / "tmp"
+
+    # Objects in
+
+    def put(self, path: Path) -> Ref:
+        """Keep a file, or a folder with all its files, in the local cache: by link where the disk can.
+
+        A hard link shares the file's bytes: it turns read-only, may be removed, and must not be altered in place.
+        """
+        with self._writing(f"keep {path}"):
+            if not path.is_dir():
+                return self._put_file(path)
+            files = sorted(found for found in path.rglob("*") if found.is_file())
+            refs = _each(self._put_file, files)
+        return self._put_listing(
+            {file.relative_to(path).as_posix(): ref for file, ref in zip(files, refs, strict=True)}
+        )
+
+    def put_bytes(self, content: bytes) -> Ref:
+        """Keep `content` in the local cache."""
+        return self._put_content(content)
+
+    def put_json(self, content: Any) -> Ref:
+        """Keep the canonical JSON of `content` in the local cache."""
+        return self._put_content(canonical_json(content).encode())
+
+    def _put_file(self, path: Path) -> Ref:
+        with _temporary(self._scratch) as temporary:
+            _link(path, temporary)
+            return self._keep(temporary)
+
+    def _put_content(self, content: bytes, suffix: str = "") -> Ref:
+        with self._writing("keep an object"), _temporary(self._scratch) as temporary:
+            temporary.write_bytes(content)
+            return self._keep(temporary, suffix)
+
+    def _put_listing(self, files: Mapping[str, Ref]) -> Ref:
+        """The folder of `files`: DVC's listing to the byte, for its md5 is the folder's name everywhere."""
+        entries = [{"md5": files[name].hash, "relpath": name} for name in sorted(files)]
+        listing = self._put_content(json.dumps(entries).encode(), suffix=".dir")
+        return Ref(hash=listing.hash, size=sum(ref.size for ref in files.values()))
+
+    def _keep(self, temporary: Path, suffix: str = "") -> Ref:
+        """Name what lies at `temporary` by the hash of its bytes, and have it in the cache under that name."""
+        ref = Ref(hash=_md5(temporary) + suffix, size=temporary.stat().st_size)
+        self._place(temporary, ref.hash)
+        return ref
+
+    def _place(self, temporary: Path, md5: str) -> None:
+        # Over an object of that name, if there is one: should its bytes have been altered, now they are right again.
+        target = self._object(md5)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.chmod(PROTECTED)
+        temporary.replace(target)
+
+    # Objects out
+
+    def path(self, ref: Ref) -> Path:
+        """Where a file object lies in the local cache, pulled from the remote if need be. Read-only."""
+        kept = self._object(ref.hash)
+        if not kept.is_file() or kept.stat().st_size != ref.size:
+            self._fetch([ref.hash])
+        return kept
+
+    def read_bytes(self, ref: Ref) -> bytes:
+        """The bytes of a file object, checked against its hash."""
+        content = self.path(ref).read_bytes()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != ref.hash:
+            self._fetch([ref.hash])
+            content = self.path(ref).read_bytes()
+        return content
+
+    def read_json(self, ref: Ref) -> Any:
+        """The content of a JSON object, its bytes checked against its hash."""
+        return json.loads(self.read_bytes(ref))
+
+    def checkout(self, ref: Ref, destination: Path) -> None:
+        """The file or the folder at `destination`, by link where the disk can: read-only, never to be edited in place.
+
+        Files of the same name are replaced; others in the folder stay.
+        """
+        files = {"": ref.hash} if not ref.is_folder else self._members(ref)
+        self._fetch(md5 for md5 in files.values() if not self._object(md5).is_file())
+        with self._writing(f"check out {destination}"):
+            if ref.is_folder:
+                destination.mkdir(parents=True, exist_ok=True)
+            for name, md5 in files.items():
+                target = destination / name
+                with _temporary(target.parent) as temporary:
+                    _link(self._object(md5), temporary)
+                    temporary.chmod(PROTECTED)
+                    temporary.replace(target)
+
+    def listing(self, ref: Ref) -> dict[str, Ref]:
+        """The files of a folder by their path in it."""
+        members = self._members(ref)
+        absent = {md5 for md5 in members.values() if not self._object(md5).is_file()}
+        sizes = self._patiently("read from", lambda: self._remote.sizes(absent)) if absent else {}
+        return {
+            name: Ref(hash=md5, size=sizes[md5] if md5 in sizes else self._object(md5).stat().st_size)
+            for name, md5 in members.items()
+        }
+
+    def _members(self, ref: Ref) -> dict[str, str]:
+        """The hashes of a folder's files by their path in it."""
+        listing = self._object(ref.hash)
+        if not listing.is_file():
+            self._fetch([ref.hash])
+        members = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
+        for name in members:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise StoreError(
+                    f"folder {ref.hash} names a file outside itself: {name!r}",
+                    fix="do not use this object; find out who wrote it",
+                )
+        return members
+
+    def _object(self, md5: str) -> Path:
+        return self._objects / md5[:2] / md5[2:]
+
+    # The remote
+
+    def push(self, refs: Iterable[Ref]) -> None:
+        """Have the remote hold these objects, the files of folders included. Cheap where it does already."""
+        files: set[str] = set()
+        listings: set[str] = set()
+        for ref in refs:
+            (listings if ref.is_folder else files).add(ref.hash)
+            if ref.is_folder:
+                files.update(self._members(ref).values())
+        # Files first: a listing in the remote is a promise that its files are there.
+        for hashes in filter(None, (files, listings)):
+            self._patiently("write to", partial(self._push, hashes))
+
+    def _push(self, hashes: Collection[str]) -> None:
+        missing = self._remote.missing(hashes)
+        if lost := {md5 for md5 in missing if not self._object(md5).is_file()}:
+            raise self._nowhere(lost)
+        self._remote.upload({md5: self._object(md5) for md5 in missing})
+
+    def _fetch(self, hashes: Iterable[str]) -> None:
+        """Pull these objects into the cache; StoreError for any that is not to be had intact."""
+        if lost := self._pull(set(hashes)):
+            raise self._nowhere(lost)
+
+    def _pull(self, hashes: set[str]) -> set[str]:
+        """Pull these objects into the cache; those that the remote lacks or holds altered."""
+        absent, altered = self._pull_once(hashes)
+        if altered:  # Perhaps only on the way here.
+            gone, altered = self._pull_once(altered)
+            absent |= gone
+        if altered:
+            # Worthless to everybody under this name, and in the way of the next push of the true bytes.
+            self._patiently("remove altered objects from", partial(self._remote.remove, altered))
+        return absent | altered
+
+    def _pull_once(self, hashes: set[str]) -> tuple[set[str], set[str]]:
+        """Pull these objects into the cache; those that the remote lacks, and those whose bytes are not theirs."""
+        if not hashes:
+            return set(), set()
+        with self._writing("pull objects"):
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=self._scratch) as name:
+                folder = Path(name)
+                absent = self._patiently("read from", lambda: self._remote.download(hashes, folder))
+                altered = set()
+                for md5 in hashes - absent:
+                    if _md5(folder / md5) == md5.removesuffix(".dir"):
+                        self._place(folder / md5, md5)
+                    else:
+                        altered.add(md5)
+        return absent, altered
+
+    def verify(self, ref: Ref) -> bool:
+        """Whether the object, every file of a folder, is here and in the remote, after mending what can be mended.
+
+        The local bytes are hashed again; altered ones are deleted and pulled anew, and what the remote lacks is pushed
+        from here. False when the object is not to be had intact: whoever made it must make it again.
+        """
+        if not self._mend({ref.hash}) or (ref.is_folder and not self._mend(set(self._members(ref).values()))):
+            return False
+        self.push([ref])
+        return True
+
+    def _mend(self, hashes: set[str]) -> bool:
+        wanted = sorted(hashes)
+        broken = {md5 for md5, intact in zip(wanted, _each(self._is_intact, wanted), strict=True) if not intact}
+        for md5 in broken:
+            self._object(md5).unlink(missing_ok=True)
+        return not self._pull(broken)
+
+    def _is_intact(self, md5: str) -> bool:
+        path = self._object(md5)
+        return path.is_file() and _md5(path) == md5.removesuffix(".dir")
+
+    @cached_property
+    def _remote(self) -> _Remote:
+        try:
+            return _Remote(_absolute(self._settings.data_remote))
+        except Exception as error:
+            raise StoreError(
+                f"the remote {self._settings.data_remote} cannot be used: {error}",
+                fix="set EVERGREEN_DATA_REMOTE to a folder or to a URL that the installed DVC knows",
+            ) from error
+
+    def _patiently(self, doing: str, act: Callable[[], B]) -> B:
+        """`act()`, tried again after a pause when the remote fails."""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                _pause(attempt)
+            try:
+                return act()
+            except EvergreenError:
+                raise
+            except Exception as error:  # noqa: BLE001 - each kind of remote has errors of its own
+                last = error
+        raise StoreError(
+            f"cannot {doing} the remote {self._settings.data_remote}: {last}",
+            fix="see that it is there, reachable, writable and not full (EVERGREEN_DATA_REMOTE), then run again",
+        ) from last
+
+    def _nowhere(self, hashes: Collection[str]) -> StoreError:
+        examples = ", ".join(sorted(hashes)[:5])
+        return StoreError(
+            f"{count(len(hashes), 'object')} intact neither in the cache {self._settings.cache} "
+            f"nor in the remote {self._settings.data_remote}: {examples}",
+            fix="run the pack again with --force: the stage that made it makes it again",
+        )
+
+    @contextmanager
+    def _writing(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"cannot {doing}: {error.strerror or error} (cache {self._settings.cache})",
+                fix="make room on that disk or mend the path, then run again: nothing half-written was left",
+            ) from error
+
+    # Snapshots
+
+    def commit(self, dataset: str, files: Mapping[str, Ref], *, tag_time: datetime, message: str) -> Commit:
+        """Name `files`, stored already, as a version of `dataset`: DVC tree, commit on the dataset's branch, tag.
+
+        The branch and the tag `<dataset>/<tag_time>-<first 8 hex of the tree hash>` appear together, after all objects
+        are in the remote. What the branch's tip holds, or this very tag, is not committed again.
+        """
+        if dataset == MAIN:
+            raise StoreError(
+                f"a dataset cannot be named {MAIN!r}: that branch of the repository holds its README",
+                fix="give the pack another name",
+            )
+        tree = self._put_listing(files)
+        self.push([*files.values(), tree])
+        version = _Version(dataset=dataset, tree=tree, files=len(files), time=tag_time, message=message)
+        repository = _Repository(_absolute(self._settings.data_repository), _absolute(self._settings.data_remote))
+        with self._writing(f"commit {dataset}"):
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            try:
+                repository.make()
+                return repository.commit(version, self._scratch)
+            except _GitError as error:
+                raise StoreError(
+                    f"cannot commit {dataset} to the repository {self._settings.data_repository}: {error}",
+                    fix="see that it is a git repository one can push to (EVERGREEN_DATA_REPOSITORY), then run again",
+                ) from error
+
+
+class _Remote:
+    """The DVC remote through DVC's own file systems: layout, URLs, credentials and plugins are those of stock DVC."""
+
+    def __init__(self, url: str) -> None:
+        from dvc.config import Config
+        from dvc.fs import get_cloud_fs
+        from dvc_data.hashfile.db import get_odb
+
+        make, options, root = get_cloud_fs(Config(config={"remote": {REMOTE: {"url": url}}}), name=REMOTE)
+        self._fs = make(**options)
+        self._db = get_odb(self._fs, self._fs.join(root, "files", "md5"), hash_name="md5", **options)
+
+    def missing(self, hashes: Collection[str]) -> set[str]:
+        """Which of these the remote lacks: asked of the remote itself, never of a local index."""
+        return set(hashes) - set(self._db.oids_exist(list(hashes)))
+
+    def sizes(self, hashes: Collection[str]) -> dict[str, int]:
+        """Bytes of each."""
+        wanted = sorted(hashes)
+        infos = _each(lambda md5: self._fs.info(self._db.oid_to_path(md5)), wanted, jobs=self._fs.jobs)
+        return {md5: int(info["size"]) for md5, info in zip(wanted, infos, strict=True)}
+
+    def upload(self, paths: Mapping[str, Path]) -> None:
+        """Put the file of each hash into the remote; each appears whole or not at all."""
+        upload = self._upload_by_rename if self._fs.protocol == "local" else self._upload
+        _each(lambda item: upload(*item), paths.items(), jobs=self._fs.jobs)
+
+    def _upload(self, md5: str, path: Path) -> None:
+        target = self._db.oid_to_path(md5)
+        self._fs.makedirs(self._fs.parent(target))
+        self._fs.put_file(str(path), target)
+
+    def _upload_by_rename(self, md5: str, path: Path) -> None:
+        """DVC's own way into a folder reflinks onto the final name, which truncates what another process just put."""
+        from dvc_objects.fs.utils import copyfile  # A reflink where the disk can, else a copy; never a hard link.
+
+        target = Path(self._db.oid_to_path(md5))
+        with _temporary(target.parent) as temporary:
+            copyfile(str(path), str(temporary))
+            temporary.chmod(PROTECTED)
+            temporary.replace(target)
+
+    def download(self, hashes: Collection[str], folder: Path) -> set[str]:
+        """Get the objects into `folder`, each under its hash; those that the remote lacks."""
+
+        def download(md5: str) -> bool:
+            try:
+                self._fs.get_file(self._db.oid_to_path(md5), str(folder / md5))
+            except FileNotFoundError:
+                return False
+            return True
+
+        wanted = sorted(hashes)
+        there = _each(download, wanted, jobs=self._fs.jobs)
+        return {md5 for md5, found in zip(wanted, there, strict=True) if not found}
+
+    def remove(self, hashes: Collection[str]) -> None:
+        """Remove the objects."""
+        for md5 in hashes:
+            with suppress(FileNotFoundError):
+                self._db.delete(md5)
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What is to be committed."""
+
+    dataset: str
+    tree: Ref
+    files: int
+    time: datetime
+    message: str
+
+    @property
+    def branch(self) -> str:
+        return f"refs/heads/{self.dataset}"
+
+    @property
+    def tag(self) -> str:
+        return f"{self.dataset}/{self.time.astimezone(UTC):%Y%m%dT%H%M%SZ}-{self.tree.hash[:8]}"
+
+    @property
+    def pointer(self) -> bytes:
+        """`<dataset>.dvc`, as stock DVC writes it."""
+        return (
+            f"outs:\n- md5: {self.tree.hash}\n  size: {self.tree.size}\n  nfiles: {self.files}\n"
+            f"  hash: md5\n  path: {self.dataset}\n"
+        ).encode()
+
+
+class _GitError(Exception):
+    """git failed; its own words."""
+
+
+class _LostError(_GitError):
+    """Another push came first; `tip` is where the branch was before it."""
+
+    def __init__(self, words: str, tip: str) -> None:
+        super().__init__(words)
+        self.tip = tip
+
+
+class _Repository:
+    """The git repository of snapshots: one branch a dataset, never checked out, and a README on `main`."""
+
+    def __init__(self, url: str, remote: str) -> None:
+        self._url = url
+        self._remote = remote
+
+    def commit(self, version: _Version, scratch: Path) -> Commit:
+        """Commit on top of the branch's tip; try again when git fails or another commit comes first."""
+        lost_at: set[str] = set()
+        failures = 0
+        while True:
+            try:
+                with TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
+                    return self._commit(version, Path(folder))
+            except _GitError as error:
+                # To lose at a tip for the first time is no failure: another commit landed, so somebody gets on.
+                if isinstance(error, _LostError) and error.tip not in lost_at:
+                    lost_at.add(error.tip)
+                else:
+                    failures += 1
+                if failures == ATTEMPTS:
+                    raise
+            _pause(failures)
+
+    def _commit(self, version: _Version, clone: Path) -> Commit:
+        """One attempt, from a bare repository in the empty folder `clone` that knows nothing but the branch's tip."""
+        known = partial(Commit, hash=version.tree.hash, size=version.tree.size)
+        tags, tip = self._look(version, clone)
+        if version.tag in tags:
+            return known(revision=tags[version.tag], tag=version.tag, new=False)
+        _git("init", "--bare", "--quiet", "--template=", ".", cwd=clone)
+        if tip:
+            _git("fetch", "--quiet", "--depth=1", "--no-tags", self._url, version.branch, cwd=clone)
+            if self._pointer(version, tip, clone) == version.pointer:
+                tagged = [tag for tag, revision in tags.items() if revision == tip]
+                if not tagged:
+                    self._push(tip, [f"refs/tags/{version.tag}"], tip, clone)
+                return known(revision=tip, tag=min(tagged, default=version.tag), new=False)
+        revision = self._write(version, tip, clone)
+        self._push(revision, [version.branch, f"refs/tags/{version.tag}"], tip, clone)
+        return known(revision=revision, tag=version.tag, new=True)
+
+    def _look(self, version: _Version, clone: Path) -> tuple[dict[str, str], str]:
+        """The revisions of the dataset's tags that share the tree's digits, and of the branch's tip (none: empty)."""
+        pattern = f"refs/tags/{version.dataset}/*-{version.tree.hash[:8]}"
+        lines = _git("ls-remote", "--quiet", self._url, version.branch, pattern, cwd=clone).decode().splitlines()
+        refs = {ref: revision for revision, ref in (line.split("\t") for line in lines)}
+        tip = refs.pop(version.branch, "")
+        return {ref.removeprefix("refs/tags/"): revision for ref, revision in refs.items()}, tip
+
+    def _pointer(self, version: _Version, tip: str, clone: Path) -> bytes | None:
+        try:
+            return _git("cat-file", "blob", f"{tip}:{version.dataset}.dvc", cwd=clone)
+        except _GitError:  # The branch's tip has no such file.
+            return None
+
+    def _write(self, version: _Version, tip: str, clone: Path) -> str:
+        """Write the commit: the tip's files, and over them those that make the branch a DVC repository."""
+        files = {
+            f"{version.dataset}.dvc": version.pointer,
+            ".gitignore": f"/{version.dataset}\n".encode(),
+            **_dvc_files(self._remote),
+        }
+        message = version.message.encode()
+        stream = [
+            b"commit refs/heads/new\nmark :1\n",
+            f"author {IDENTITY} {int(version.time.timestamp())} +0000\n".encode(),
+            f"committer {IDENTITY} {int(time.time())} +0000\n".encode(),
+            b"data %d\n%s\n" % (len(message), message),
+            f"from {tip}\n".encode() if tip else b"",
+            *(b"M 100644 inline %s\ndata %d\n%s\n" % (name.encode(), len(data), data) for name, data in files.items()),
+            b"get-mark :1\n",
+        ]
+        return (
+            _git("fast-import", "--quiet", "--done", cwd=clone, stdin=b"".join([*stream, b"done\n"])).decode().strip()
+        )
+
+    def _push(self, revision: str, refs: list[str], tip: str, clone: Path) -> None:
+        """All refs or none; _LostError when the branch has moved or the tag appeared since we looked."""
+        targets = [f"{revision}:{ref}" for ref in refs]
+        try:
+            _git("push", "--atomic", "--porcelain", self._url, *targets, cwd=clone)
+        except _GitError as error:
+            if "[rejected]" in str(error):
+                raise _LostError(str(error), tip) from error
+            raise
+
+    def make(self) -> None:
+        """Make the repository where its path is free: whole, or not at all."""
+        home = Path(self._url)
+        if not home.is_absolute() or (home.exists() and (not home.is_dir() or any(home.iterdir()))):
+            return
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=home.parent, prefix=f".{home.name}-") as folder:
+            made = Path(folder, "repository")
+            _git("init", "--quiet", f"--initial-branch={MAIN}", str(made), cwd=Path(folder))
+            (made / ".dvc").mkdir()
+            for name, content in {"README.md": README.encode(), **_dvc_files(self._remote)}.items():
+                (made / name).write_bytes(content)
+            _git("add", "--all", cwd=made)
+            _git("commit", "--quiet", "--message=Say what this repository holds", cwd=made)
+            with suppress(OSError):  # Another process was first: its repository is as good.
+                made.rename(home)
+
+
+def _dvc_files(remote: str) -> dict[str, bytes]:
+    """What makes a git tree a DVC repository whose default remote is `remote`."""
+    config = (
+        f"[core]\n    analytics = false\n    remote = {REMOTE}\n"
+        '[cache]\n    type = "reflink,hardlink,symlink,copy"\n'
+        f'[\'remote "{REMOTE}"\']\n    url = "{remote}"\n'
+    )
+    return {
+        ".dvc/config": config.encode(),
+        ".dvc/.gitignore": b"/config.local\n/tmp\n/cache\n",
+        ".dvcignore": b"# Patterns of files that DVC should not look at.\n",
+    }
+
+
+def _git(*arguments: str, cwd: Path, stdin: bytes = b"") -> bytes:
+    """What git prints; _GitError with its last words. Its user's name, hooks and signing have no part in it."""
+    settings = ("core.hooksPath=/dev/null", "commit.gpgSign=false", "gc.auto=0", "maintenance.auto=false")
+    name, _, address = IDENTITY.rstrip(">").partition(" <")
+    environment = {key: value for key, value in os.environ.items() if key not in OTHER_REPOSITORY} | {
+        "GIT_AUTHOR_NAME": name,
+        "GIT_AUTHOR_EMAIL": address,
+        "GIT_COMMITTER_NAME": name,
+        "GIT_COMMITTER_EMAIL": address,
+        "GIT_TERMINAL_PROMPT": "0",
+        "LC_ALL": "C",
+    }
+    command = ["git", *(part for setting in settings for part in ("-c", setting)), *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, input=stdin, env=environment, capture_output=True, timeout=GIT_TIMEOUT_S, check=False
+        )
+    except FileNotFoundError as error:
+        raise _GitError("git is not installed") from error
+    except subprocess.TimeoutExpired as error:
+        raise _GitError(f"git {arguments[0]} did not answer within {GIT_TIMEOUT_S} s") from error
+    if done.returncode:
+        words = [line.strip() for line in (done.stdout + done.stderr).decode(errors="replace").splitlines()]
+        raise _GitError("; ".join(filter(None, words))[-500:])
+    return done.stdout
+
+
+def _absolute(place: str) -> str:
+    """A path made absolute, for it is written down and read from other folders; a URL as it is."""
+    place = place.removeprefix("file://")
+    is_url = "://" in place or ":" in place.split("/", 1)[0]
+    return place if is_url else str(Path(place).absolute())
+
+
+def _link(source: Path, target: Path) -> None:
+    """`source` at `target` by the cheapest way that the disk has: a reflink, a hard link, a copy."""
+    from dvc_objects.fs import system
+
+    for way in (system.reflink, system.hardlink):
+        try:
+            way(str(source), str(target))
+        except OSError as error:
+            if error.errno not in NO_SUCH_LINK:
+                raise
+        else:
+            return
+    shutil.copyfile(source, target)
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A name of its own in `folder`; what is still there at the end is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{secrets.token_hex(8)}.tmp"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _each(act: Callable[[A], B], items: Iterable[A], jobs: int | None = None) -> list[B]:
+    """`act` of each item, in their order, several at a time; the first failure is raised."""
+    items = list(items)
+    if len(items) < 2:
+        return [act(item) for item in items]
+    with ThreadPoolExecutor(min(jobs or os.cpu_count() or 1, len(items))) as pool:
+        return list(pool.map(act, items))
+
+
+def _pause(failures: int) -> None:
+    time.sleep(PAUSE_S * 3 ** (failures - 1) * random.uniform(0.5, 1.5))  # noqa: S311 - to part rivals, not to hide
