@@ -72,12 +72,14 @@ def packs(as_json: AsJson = False) -> None:
     """The packs: what each keeps trained, and how its last run ended."""
     settings = Settings.from_env()
     database = db.connect(settings.database_url)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for folder in find(settings.packs):
         try:
             pack = Pack.load(folder)
         except PackError as error:
-            rows.append({"pack": folder.name, "description": None, "owner": None, "schedule": None, "error": str(error)})
+            rows.append(
+                {"pack": folder.name, "description": None, "owner": None, "schedule": None, "error": str(error)}
+            )
             continue
         last = runs_of(database, pack.name, limit=1)
         rows.append(
@@ -109,7 +111,9 @@ def run(
     pack: PackName,
     as_of: Annotated[str | None, typer.Option(help="See no data at or after this: 2013-04-01.")] = None,
     reason: Annotated[str, typer.Option(help="Why; it stays on the run and on the version.")] = "a person asked",
-    force: Annotated[bool, typer.Option("--force", help="Do the work again where an earlier run did the same.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Do the work again where an earlier run did the same.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the chain once, through a real Airflow DAG run, and show how it ended."""
@@ -435,7 +439,9 @@ def check(
     results = []
     with tempfile.TemporaryDirectory(prefix="evergreen-check-") as folder:
         for law in check_pack(settings, loaded, Path(folder), parse_instant(as_of) if as_of else None):
-            results.append({"law": law.name, "holds": law.holds, "detail": law.detail, "seconds": round(law.seconds, 2)})
+            results.append(
+                {"law": law.name, "holds": law.holds, "detail": law.detail, "seconds": round(law.seconds, 2)}
+            )
             if not as_json:
                 mark = "[green]✓[/]" if law.holds else "[red]✗[/]"
                 detail = f": {escape(law.detail)}" if law.detail else ""
@@ -501,5 +507,7 @@ def airflow(context: typer.Context) -> None:
     settings = Settings.from_env()
     embedded.prepare(settings)
     env = {**os.environ, **embedded.environment(settings)}
-    code = subprocess.run([str(Path(sys.executable).parent / "airflow"), *context.args], env=env, check=False).returncode
+    code = subprocess.run(
+        [str(Path(sys.executable).parent / "airflow"), *context.args], env=env, check=False
+    ).returncode
     raise typer.Exit(code)

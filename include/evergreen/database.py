@@ -10,6 +10,8 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
+import socket
 import threading
 import time
 import uuid
@@ -217,6 +219,11 @@ class Database:
                     .where(leases.c.name == name, leases.c.token == token)
                     .values(expires_at=expires_at)
                 )
+
+
+def this_process() -> str:
+    """`host:pid`: the holder of a lease that no retry may take over."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 @functools.cache

@@ -60,7 +60,9 @@ def why_run(database: Database, run_id: str) -> list[dict[str, Any]]:
             because = f"{event.body['of']} did the same work, and its outputs were verified again"
             answers.append({"stage": event.body["stage"], "what": "skipped", "because": because, "changed": []})
         elif event.kind == "failure":
-            answers.append({"stage": event.body["stage"], "what": "failed", "because": event.body["what"], "changed": []})
+            answers.append(
+                {"stage": event.body["stage"], "what": "failed", "because": event.body["what"], "changed": []}
+            )
         elif event.kind == "stage":
             answers.append(_why_it_ran(database, event))
     return answers

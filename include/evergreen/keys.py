@@ -150,7 +150,12 @@ def perform(
                 note(run, stage, "progress", f"what {before.run_id} left is missing or altered: done again")
             value = act()
             seconds = time.monotonic() - began
-            body = {"stage": stage, "parts": parts, "value": value.model_dump(mode="json"), "seconds": round(seconds, 3)}
+            body = {
+                "stage": stage,
+                "parts": parts,
+                "value": value.model_dump(mode="json"),
+                "seconds": round(seconds, 3),
+            }
             database.append(run.pack.name, "stage", body, run_id=run.id, key=key)
     except Exception as error:
         _record_failure(database, run, stage, key, error)

@@ -7,24 +7,27 @@ stage does not cover: waiting, retrying and scheduling are Airflow's; showing is
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from evergreen import database as db
 from evergreen.data import partitions, sources, validation
 from evergreen.data.store import Store
-from evergreen.errors import EvaluationError, SourceError, StaleDataError
+from evergreen.errors import EvaluationError, RegistryError, SourceError, StageError, StaleDataError
 from evergreen.evaluation import gate, plots, significance, slices
-from evergreen.keys import note, perform
-from evergreen.pack import Pack, PythonSource
+from evergreen.keys import code_hash, note, perform
+from evergreen.pack import TASK_METRICS, Pack, PythonSource
 from evergreen.registry import lineage, promotion
 from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
+    Difference,
     Evaluated,
     Evaluation,
     Ingested,
@@ -46,6 +49,7 @@ from evergreen.run import (
     period_name,
     step,
 )
+from evergreen.settings import Settings
 from evergreen.training import jobs
 
 if TYPE_CHECKING:
@@ -109,7 +113,7 @@ def validate(run: Run, ingested: Ingested) -> Validated:
     suite = validation.suite_hash(pack.expectations)
 
     def act() -> Validated:
-        manifest = _manifest(store, ingested.manifest)
+        manifest = manifest_of(store, ingested.manifest)
         with _work(run) as folder:
             outcome = validation.validate(pack, manifest, store, _known_records(run, suite, store), folder)
         if (error := outcome.error()) is not None:
@@ -139,7 +143,7 @@ def snapshot(run: Run, ingested: Ingested, validated: Validated) -> Snapshot:
     pack, store = run.pack, Store(run.settings)
 
     def act() -> Snapshot:
-        manifest = _manifest(store, validated.manifest)
+        manifest = manifest_of(store, validated.manifest)
         files = {f"{period_name(part.period, manifest.partition)}.parquet": part.object for part in manifest.partitions}
         commit = store.commit(
             pack.dataset,
@@ -178,8 +182,8 @@ def snapshot(run: Run, ingested: Ingested, validated: Validated) -> Snapshot:
 def train(run: Run, snapshot: Snapshot) -> Trained:
     """Start, or adopt, the training job for the snapshot, and wait for its model folder."""
     pack, store = run.pack, Store(run.settings)
-    manifest = _manifest(store, snapshot.manifest)
-    spec_parts = {
+    manifest = manifest_of(store, snapshot.manifest)
+    parameters = {
         "call": pack.training.call,
         "params": pack.training.params,
         "seed": pack.training.seed,
@@ -190,25 +194,20 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
     }
     code = _code("training/*.py", "training/runtimes/*.py", "runner.py", pack=pack)
     inputs = {"data": snapshot.hash, "windows": snapshot.windows.model_dump(mode="json")}
-    spec = jobs.JobSpec(
-        id=_job_id(run, "train", {**spec_parts, **inputs, "code": [path.read_bytes().hex() for path in code]}),
-        kind="train",
-        pack=pack.name,
-        timeout_s=pack.training.timeout.total_seconds(),
-        **spec_parts,
-    )
+    job_id = _job_id(run, "train", {**parameters, **inputs, "code": code_hash(code)})
+    spec = job_spec(run, "train", job_id, call=pack.training.call)
 
     def fill(folder: Path) -> None:
-        _copy_python(pack, folder)
+        copy_python(pack, folder)
         for name, window in (("train", snapshot.windows.train), ("validation", snapshot.windows.validation)):
             _lay_out(store, manifest.within(window), folder / name)
 
     def act() -> Trained:
         result = _finish_job(run, "train", spec, fill)
-        output = run.settings.jobs / spec.id
-        model = store.put(output / "output" / "model")
-        curve = store.put(output / "progress.jsonl") if (output / "progress.jsonl").exists() else None
-        log = store.put(output / "log.txt")
+        folder = run.settings.jobs / spec.id
+        model = store.put(folder / "output" / "model")
+        curve = store.put(folder / "progress.jsonl") if (folder / "progress.jsonl").exists() else None
+        log = store.put(folder / "log.txt")
         store.push([model, log, *([curve] if curve else [])])
         return Trained(
             job=spec.id,
@@ -232,7 +231,7 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
         "train",
         result=Trained,
         inputs=inputs,
-        parameters=spec_parts,
+        parameters=parameters,
         code=code,
         act=act,
         outputs=lambda value: [value.model, value.log, *([value.curve] if value.curve else [])],
@@ -248,21 +247,22 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
     A champion that is this very model is not compared with itself.
     """
     pack, store = run.pack, Store(run.settings)
-    champion = Registry(run.settings).champion(pack.name)
+    registry = Registry(run.settings)
+    champion = registry.champion(pack.name)
     if champion is not None and champion.model_hash == trained.model.hash:
         champion = None
     holdout = snapshot.windows.holdout
-    confidence = pack.gate.primary.confidence
-    withheld = _withheld(champion, holdout)
+    withheld = _withheld(registry, champion, holdout)
 
     def act() -> Evaluated:
-        rows = _holdout_rows(store, _manifest(store, snapshot.manifest), holdout)
+        rows = _holdout_rows(store, manifest_of(store, snapshot.manifest), holdout)
         models = {"challenger": trained.model}
         if champion is not None and withheld is None:
-            models["champion"] = Ref(hash=champion.model_hash, size=0)
+            models["champion"] = _model_of(champion)
         with _work(run) as folder:
             scored = _score(run, store, rows, models)
-            return _compare(run, store, rows, scored, champion, trained, withheld, folder)
+            classes = _classes(run, store, snapshot)
+            return _compare(run, store, rows, scored, champion, trained, withheld, classes, folder)
 
     return perform(
         run,
@@ -277,9 +277,8 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
         },
         parameters={
             "slices": [rule.model_dump(mode="json") for rule in pack.gate.slices],
-            "confidence": confidence,
+            "confidence": pack.gate.primary.confidence,
             "task": pack.data.task,
-            "seed": pack.training.seed,
         },
         code=_code("evaluation/*.py", "runner.py"),
         act=act,
@@ -308,10 +307,14 @@ def register(
         found = registry.find(pack.name, version_key)
         if found is not None:
             return Registered(
-                model=pack.name, version=found.version, mlflow_run=found.run_id, model_hash=trained.model.hash, new=False
+                model=pack.name,
+                version=found.version,
+                mlflow_run=found.run_id,
+                model_hash=trained.model.hash,
+                new=False,
             )
-        whole = lineage.lineage(
-            run,
+        made_by = lineage.lineage(
+            run=run,
             code=lineage.code(run.settings),
             environment=lineage.environment(run.settings),
             validated=validated,
@@ -321,23 +324,18 @@ def register(
         )
         with _work(run) as folder:
             store.checkout(trained.model, folder / "model")
-            artifacts = _artifacts(store, validated, evaluated, folder / "artifacts")
             version, mlflow_run = registry.register(
                 pack.name,
                 folder / "model",
                 key=version_key,
                 run_name=run.slug,
-                lineage=whole,
+                lineage=made_by,
+                model_hash=trained.model.hash,
                 metrics={name: estimate.value for name, estimate in evaluated.challenger.metrics.items()},
-                params=pack.training.params,
-                curve=_json_lines(store, trained.curve),
-                dataset={
-                    "name": snapshot.dataset,
-                    "digest": snapshot.hash,
-                    "source": f"{snapshot.repository}@{snapshot.tag}",
-                },
-                artifacts=artifacts,
+                curve=_curve(store, trained.curve),
+                artifacts=_artifacts(store, pack, validated, evaluated, trained, folder / "artifacts"),
                 input_example=_example(store, snapshot, trained),
+                tags={"evergreen.owner": pack.owner},
                 description=pack.description,
             )
         return Registered(model=pack.name, version=version, mlflow_run=mlflow_run, model_hash=trained.model.hash)
@@ -377,9 +375,7 @@ def promote(run: Run, snapshot: Snapshot, trained: Trained, evaluated: Evaluated
             after = promotion.promote(
                 database, registry, run=run, version=registered.version, judged_against=previous, verdict=verdict
             )
-        return Promoted(
-            model=pack.name, version=registered.version, verdict=verdict, champion=after, previous=previous
-        )
+        return Promoted(model=pack.name, version=registered.version, verdict=verdict, champion=after, previous=previous)
 
     return perform(
         run,
@@ -449,7 +445,8 @@ def _work(run: Run) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _manifest(store: Store, ref: Ref) -> Manifest:
+def manifest_of(store: Store, ref: Ref) -> Manifest:
+    """The manifest that `ref` is."""
     return Manifest.model_validate(store.read_json(ref))
 
 
@@ -457,7 +454,7 @@ def _with_partitions(store: Store, manifest: Ref) -> list[Ref]:
     """The manifest and every partition it names; the manifest alone when it cannot be read."""
     if not store.verify(manifest):
         return [manifest]
-    return [manifest, *(part.object for part in _manifest(store, manifest).partitions)]
+    return [manifest, *(part.object for part in manifest_of(store, manifest).partitions)]
 
 
 def _reading(pack: Pack) -> dict[str, Any]:
@@ -475,7 +472,7 @@ def _known_manifest(run: Run, source: str, store: Store) -> Manifest | None:
         if datetime.fromisoformat(parts["inputs"]["as_of"]) <= run.as_of and not run.force:
             ref = Ref.model_validate(event.body["value"]["manifest"])
             if store.verify(ref):
-                return _manifest(store, ref)
+                return manifest_of(store, ref)
     return None
 
 
@@ -504,7 +501,9 @@ def _observe(
                 PartitionFile(period=file.period, rows=file.rows, identity=file.identity, object=store.put(file.path))
                 for file in read.files
             ]
-    return partitions.merge(known, written, columns, to_read, window, dataset=run.pack.dataset, partition=data.partition)
+    return partitions.merge(
+        known, written, columns, to_read, window, dataset=run.pack.dataset, partition=data.partition
+    )
 
 
 def _frames(run: Run, window: Window) -> Iterator[pl.DataFrame]:
@@ -513,19 +512,9 @@ def _frames(run: Run, window: Window) -> Iterator[pl.DataFrame]:
     if not isinstance(pack.source, PythonSource):
         yield from sources.open_source(pack.source, pack.folder).read(window, pack.data.event_time)
         return
-    spec = jobs.JobSpec(
-        id=_job_id(run, "read", {"run": run.id, "window": window.model_dump(mode="json"), "code": pack.code_hash}),
-        kind="read",
-        pack=pack.name,
-        call=pack.source.call,
-        target=pack.data.target,
-        event_time=pack.data.event_time,
-        task=pack.data.task,
-        seed=pack.training.seed,
-        timeout_s=pack.training.timeout.total_seconds(),
-        window=window,
-    )
-    _finish_job(run, "ingest", spec, lambda folder: _copy_python(pack, folder))
+    job_id = _job_id(run, "read", {"run": run.id, "window": window.model_dump(mode="json"), "code": pack.code_hash})
+    spec = job_spec(run, "read", job_id, call=pack.source.call, window=window)
+    _finish_job(run, "ingest", spec, lambda folder: copy_python(pack, folder))
     yield from sources.frames(run.settings.jobs / spec.id / "output" / "frames")
     jobs.discard(run.settings, spec.id)
 
@@ -579,7 +568,26 @@ def _job_id(run: Run, kind: str, parts: dict[str, Any]) -> str:
     return f"{kind}-{run.pack.name}-{digest({**parts, **own})[:16]}"
 
 
-def _copy_python(pack: Pack, folder: Path) -> None:
+def job_spec(run: Run, kind: Literal["read", "train", "score"], job_id: str, **more: Any) -> jobs.JobSpec:
+    """What a job of this run's pack is told."""
+    pack = run.pack
+    return jobs.JobSpec(
+        id=job_id,
+        kind=kind,
+        pack=pack.name,
+        target=pack.data.target,
+        event_time=pack.data.event_time,
+        task=pack.data.task,
+        params=pack.training.params,
+        seed=pack.training.seed,
+        gpus=pack.training.gpus,
+        timeout_s=pack.training.timeout.total_seconds(),
+        **more,
+    )
+
+
+def copy_python(pack: Pack, folder: Path) -> None:
+    """The pack's Python, for a job to import."""
     target = folder / "pack"
     target.mkdir(parents=True)
     for file in pack.python_files:
@@ -596,24 +604,38 @@ def _finish_job(run: Run, stage: str, spec: jobs.JobSpec, fill: Callable[[Path],
     """Start or adopt the job, wait for it, and tell how it gets on."""
 
     def tell(progress: jobs.Progress) -> None:
-        note(run, stage, "progress", progress.text, fraction=progress.fraction)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(progress.metrics.items())[:4])
+        left = f"  {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
+        note(
+            run, stage, "progress", f"step {progress.step} of {progress.of}  {shown}{left}", fraction=progress.fraction
+        )
 
     return jobs.wait(jobs.start(run.settings, spec, fill), tell)
 
 
-def _withheld(champion: ModelVersion | None, holdout: Window) -> str | None:
+def _withheld(registry: Registry, champion: ModelVersion | None, holdout: Window) -> str | None:
     """Why the champion's figures would not be honest: law 5, no model is scored on rows it has seen."""
     if champion is None:
         return None
-    windows = Windows.model_validate(champion.lineage["windows"])
+    windows = Windows.model_validate(registry.lineage(champion.name, champion.version)["windows"])
     seen = Window(start=windows.train.start, end=windows.validation.end)
     if not seen.overlaps(holdout):
         return None
     return f"version {champion.version} was made with rows of {seen}, which overlaps the hold-out {holdout}"
 
 
+def _model_of(champion: ModelVersion) -> Ref:
+    """The champion's model folder in the store."""
+    if champion.model_hash is None:
+        raise RegistryError(
+            f"{champion.name} version {champion.version} is champion, and Evergreen did not make it",
+            fix="put the alias champion back on a version that `evergreen runs` lists",
+        )
+    return Ref(hash=champion.model_hash, size=0)
+
+
 def _as_of(champion: ModelVersion) -> datetime:
-    return datetime.fromisoformat(champion.lineage["as_of"])
+    return datetime.fromisoformat(champion.tags["evergreen.as_of"])
 
 
 def _holdout_rows(store: Store, manifest: Manifest, holdout: Window) -> list[tuple[PartitionFile, pl.DataFrame]]:
@@ -639,31 +661,34 @@ def _score(
         return fill
 
     for name, model in models.items():
-        spec = jobs.JobSpec(
-            id=_job_id(
-                run, "score", {"model": model.hash, "rows": [part.object.hash for part, _ in rows], "run": run.id}
-            ),
-            kind="score",
-            pack=pack.name,
-            target=pack.data.target,
-            event_time=pack.data.event_time,
-            task=pack.data.task,
-            timeout_s=pack.training.timeout.total_seconds(),
-        )
+        parts = {"model": model.hash, "rows": [part.object.hash for part, _ in rows], "run": run.id}
+        spec = job_spec(run, "score", _job_id(run, "score", parts))
         handles[name] = jobs.start(run.settings, spec, fill_with(model))
     scored = {}
     for name, handle in handles.items():
         result = jobs.wait(handle)
-        file = handle.folder / "output" / "predictions.parquet"
+        file = handle.output / "predictions.parquet"
         ref = store.put(file)
-        scored[name] = (ref, _predictions(file), result)
+        scored[name] = (ref, predictions_in(file), result)
     store.push([ref for ref, _, _ in scored.values()])
     for handle in handles.values():
         jobs.discard(run.settings, handle.spec.id)
     return scored
 
 
-def _predictions(file: Path) -> np.ndarray:
+def _classes(run: Run, store: Store, snapshot: Snapshot) -> list[Any] | None:
+    """The classes of a multiclass target, sorted: those of the training window, in the order of the predictions."""
+    import polars as pl
+
+    data = run.pack.data
+    if data.task != "multiclass":
+        return None
+    parts = manifest_of(store, snapshot.manifest).within(snapshot.windows.train)
+    seen = pl.concat([pl.read_parquet(store.path(part.object), columns=[data.target]) for part in parts])
+    return sorted(seen[data.target].unique().to_list())
+
+
+def predictions_in(file: Path) -> np.ndarray:
     """(n,) of one `prediction` column, or (n, k) of `prediction_0` … `prediction_k-1`."""
     import polars as pl
 
@@ -679,6 +704,7 @@ def _compare(
     champion: ModelVersion | None,
     trained: Trained,
     withheld: str | None,
+    classes: list[Any] | None,
     folder: Path,
 ) -> Evaluated:
     """Figures, slices and differences from predictions that are there already."""
@@ -686,10 +712,11 @@ def _compare(
     import polars as pl
 
     pack = run.pack
-    task, seed, confidence = pack.data.task, pack.training.seed, pack.gate.primary.confidence
+    task = pack.data.task
     table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
     clusters = np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows])
     truth = table[pack.data.target].to_numpy()
+    how: dict[str, Any] = {"clusters": clusters, "confidence": pack.gate.primary.confidence, "classes": classes}
     for rule in pack.gate.slices:
         if rule.by not in table.columns:
             raise EvaluationError(
@@ -704,8 +731,8 @@ def _compare(
             model=model,
             version=version,
             rows=table.height,
-            metrics=significance.intervals(task, truth, predicted, clusters, confidence, seed),
-            slices=slices.estimates(pack.gate.slices, task, truth, predicted, clusters, groups, confidence, seed),
+            metrics=significance.intervals(task, truth, predicted, **how),
+            slices=slices.estimates(pack.gate, task, truth, predicted, columns=groups, **how),
             latency_p95_ms=result.metrics.get("latency_p95_ms"),
             size_bytes=size,
             predictions=ref,
@@ -716,15 +743,23 @@ def _compare(
     differences: tuple[Any, ...] = ()
     if champion is not None and withheld is not None:
         incumbent = Evaluation(
-            model=champion.model_hash, version=champion.version, rows=table.height, size_bytes=0, withheld=withheld
+            model=_model_of(champion).hash, version=champion.version, rows=table.height, size_bytes=0, withheld=withheld
         )
     elif champion is not None:
-        size = store.size(champion.model_hash)
-        incumbent = evaluation("champion", champion.model_hash, champion.version, size)
+        model = _model_of(champion)
+        size = sum(ref.size for ref in store.listing(model).values())
+        incumbent = evaluation("champion", model.hash, champion.version, size)
         pair = (scored["challenger"][1], scored["champion"][1])
         differences = (
-            *significance.differences(task, truth, *pair, clusters, confidence, seed),
-            *slices.differences(pack.gate.slices, task, truth, *pair, clusters, groups, confidence, seed),
+            *(
+                Difference(
+                    metric=metric,
+                    rows=table.height,
+                    estimate=significance.difference(task, metric, truth, *pair, **how),
+                )
+                for metric in TASK_METRICS[task]
+            ),
+            *slices.differences(pack.gate, task, truth, *pair, columns=groups, **how),
         )
     drawn = folder / "plots"
     drawn.mkdir()
@@ -735,31 +770,103 @@ def _compare(
         challenger=challenger,
         champion=incumbent,
         differences=differences,
-        confidence=confidence,
+        confidence=pack.gate.primary.confidence,
         holdout=Window(start=rows[0][0].period, end=step(rows[-1][0].period, pack.data.partition)),
         plots=figures,
     )
 
 
-def _artifacts(store: Store, validated: Validated, evaluated: Evaluated, folder: Path) -> dict[str, Path]:
-    """What goes with the version beside the model: GX's result, the figures, the evaluation."""
+def _artifacts(
+    store: Store, pack: Pack, validated: Validated, evaluated: Evaluated, trained: Trained, folder: Path
+) -> dict[str, Path]:
+    """What goes with the version beside the model: GX's result, the evaluation, the log, the model card, the figures."""
     folder.mkdir()
     store.checkout(validated.result, folder / "validation.json")
+    store.checkout(trained.log, folder / "training.log")
     (folder / "evaluation.json").write_text(evaluated.model_dump_json(indent=2), encoding="utf-8")
-    found = {"validation.json": folder / "validation.json", "evaluation.json": folder / "evaluation.json"}
+    (folder / "model_card.md").write_text(pack.card, encoding="utf-8")
+    found = {file.name: file for file in sorted(folder.iterdir())}
     if evaluated.plots is not None:
         store.checkout(evaluated.plots, folder / "plots")
         found["plots"] = folder / "plots"
     return found
 
 
-def _json_lines(store: Store, ref: Ref | None) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in store.read_bytes(ref).splitlines()] if ref else []
+def _curve(store: Store, ref: Ref | None) -> list[dict[str, Any]]:
+    """The training curve: a `step` and its metrics in each entry."""
+    lines = [json.loads(line) for line in store.read_bytes(ref).splitlines()] if ref else []
+    return [{"step": line["step"], **line["metrics"]} for line in lines]
 
 
 def _example(store: Store, snapshot: Snapshot, trained: Trained) -> Any:
     """Five raw rows as a pandas frame: the version's input example."""
     import polars as pl
 
-    first = _manifest(store, snapshot.manifest).partitions[0]
+    first = manifest_of(store, snapshot.manifest).partitions[0]
     return pl.read_parquet(store.path(first.object)).head(5).select(list(trained.inputs)).to_pandas()
+
+
+def predict(settings: Settings, version: ModelVersion, file: Path) -> pl.DataFrame:
+    """Predictions of a registered version for the raw rows of `file`, Parquet or CSV, by a job; columns as a job's.
+
+    Raises EvaluationError when the file or its columns are not what the model takes.
+    """
+    import polars as pl
+
+    try:
+        rows = (
+            pl.read_csv(file, infer_schema_length=None, try_parse_dates=True, null_values=["", "NA"])
+            if file.suffix == ".csv"
+            else pl.read_parquet(file)
+        )
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise EvaluationError(
+            f"{file} cannot be read: {error}", fix="give a Parquet file, or a .csv with a header"
+        ) from error
+    registry = Registry(settings)
+    with tempfile.TemporaryDirectory(prefix="evergreen-predict-") as folder:
+        model = registry.folder(version.name, version.version, Path(folder) / "model")
+        described = json.loads((model / "model.json").read_text(encoding="utf-8"))
+        missing = sorted(set(described["inputs"]) - set(rows.columns))
+        if missing:
+            raise EvaluationError(
+                f"{file} lacks {count(len(missing), 'column')} that {version.name} takes: {', '.join(missing[:5])}",
+                fix=f"it takes: {', '.join(described['inputs'])}",
+            )
+        spec = jobs.JobSpec(
+            id=f"predict-{version.name}-{digest([str(file), version.version, os.getpid(), time.time_ns()])[:16]}",
+            kind="score",
+            pack=version.name,
+            target="",
+            event_time="",
+            task=described["task"],
+            timeout_s=3600.0,
+        )
+
+        def fill(target: Path) -> None:
+            shutil.copytree(model, target / "model")
+            (target / "rows").mkdir()
+            rows.write_parquet(target / "rows" / "rows.parquet")
+
+        handle = jobs.start(settings, spec, fill)
+        try:
+            jobs.wait(handle)
+            return pl.read_parquet(handle.output / "predictions.parquet")
+        finally:
+            jobs.discard(settings, spec.id)
+
+
+def build_docs(settings: Settings, pack: Pack, folder: Path) -> Path:
+    """Great Expectations' Data Docs of the pack's last validation; → its index.html."""
+    event = next(
+        (
+            event
+            for event in db.connect(settings.database_url).events(pack.name, kind="stage", newest_first=True)
+            if event.body["stage"] == "validate"
+        ),
+        None,
+    )
+    if event is None:
+        raise StageError(f"pack {pack.name} has not been validated yet", fix=f"evergreen run {pack.name}")
+    value = Validated.model_validate(event.body["value"])
+    return validation.docs(pack, Store(settings).read_json(value.result), folder)

@@ -118,7 +118,11 @@ def up(settings: Settings) -> Iterator[tuple[str, str]]:
     (settings.home / "airflow").mkdir(parents=True, exist_ok=True)
     tools = Path(sys.executable).parent
     commands = {
-        "airflow": ([str(tools / "airflow"), "standalone"], f"http://127.0.0.1:{airflow_port}", "/api/v2/monitor/health"),
+        "airflow": (
+            [str(tools / "airflow"), "standalone"],
+            f"http://127.0.0.1:{airflow_port}",
+            "/api/v2/monitor/health",
+        ),
         "mlflow": (
             [
                 *(str(tools / "mlflow"), "server", "--host", "127.0.0.1", "--port", mlflow_port, "--workers", "1"),
@@ -211,7 +215,7 @@ def _call(address: str, method: str, path: str, body: Mapping[str, Any] | None =
 def _started(pid: int) -> float | None:
     """The start time of a process, which tells it from a later one with the same pid."""
     try:
-        return psutil.Process(pid).create_time()
+        return float(psutil.Process(pid).create_time())
     except psutil.Error:
         return None
 
@@ -219,5 +223,5 @@ def _started(pid: int) -> float | None:
 def _alive(entry: Mapping[str, Any]) -> bool:
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(entry["pid"])
-        return process.create_time() == entry["started"] and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.create_time() == entry["started"] and process.status() != psutil.STATUS_ZOMBIE)
     return False

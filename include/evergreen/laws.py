@@ -1,0 +1,208 @@
+"""The laws a pack is held to by `evergreen check`, and a pack to start from that keeps them.
+
+Checked on real rows of the pack's source, in a home of its own that is thrown away: data, models and runs stay as
+they are.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evergreen import keys, stages
+from evergreen.data.store import Store
+from evergreen.errors import EvaluationError, EvergreenError, PackError, TrainingError
+from evergreen.evaluation import significance
+from evergreen.pack import NAME, Pack
+from evergreen.run import Ingested, Ref, Run, count
+from evergreen.settings import Settings
+from evergreen.training import jobs
+
+if TYPE_CHECKING:
+    import polars as pl
+
+ROWS = 64
+"""How many rows a checked model trains on."""
+
+TEMPLATE = Path(__file__).parent / "template"
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law, whether the pack keeps it, and what was seen."""
+
+    name: str
+    holds: bool
+    detail: str
+    seconds: float
+
+
+def scaffold(packs: Path, name: str) -> Path:
+    """A working pack called `name`; → its folder. Raises PackError for a name that is taken or cannot be one."""
+    folder = packs / name
+    if not NAME.fullmatch(name):
+        raise PackError(
+            f"{name!r} cannot name a pack",
+            fix="use lower-case letters, digits and _, a letter first, at most 48 characters",
+        )
+    if folder.exists():
+        raise PackError(f"{folder} is there already", fix="choose another name, or remove the folder")
+    folder.mkdir(parents=True)
+    for file in sorted(TEMPLATE.iterdir()):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def check_pack(settings: Settings, pack: Pack, home: Path, as_of: datetime | None) -> Iterator[Law]:
+    """Each law as it is judged; the first that is broken is the last, since the others build on it."""
+    checking = Settings.from_env(
+        {
+            "EVERGREEN_HOME": str(home),
+            "EVERGREEN_PROJECT": str(settings.project),
+            "EVERGREEN_PACKS": str(settings.packs),
+        }
+    )
+    instant = as_of or (pack.clock.start if pack.clock else datetime.now(UTC))
+    found: dict[str, Any] = {}
+    for name, law in LAWS.items():
+        began = time.monotonic()
+        try:
+            if "run" not in found:
+                found["run"] = keys.begin(
+                    checking, pack, "check", as_of=instant, scheduled=instant, reason="a check of the pack"
+                )
+            detail = law(found["run"], found)
+            broken = False
+        except EvergreenError as error:
+            detail, broken = str(error), True
+        yield Law(name, not broken, detail, time.monotonic() - began)
+        if broken:
+            return
+
+
+def _reads(run: Run, found: dict[str, Any]) -> str:
+    found["ingested"] = stages.ingest(run)
+    return str(found["ingested"].summary())
+
+
+def _is_valid(run: Run, found: dict[str, Any]) -> str:
+    found["validated"] = stages.validate(run, found["ingested"])
+    return str(found["validated"].summary())
+
+
+def _trains(run: Run, found: dict[str, Any]) -> str:
+    found["rows"] = _sample(run, found["ingested"])
+    result, found["model"] = _train(run, found["rows"], "first")
+    found["inputs"] = result.inputs
+    return f"{count(ROWS, 'row')} in {result.duration_s:.1f} s"
+
+
+def _repeats(run: Run, found: dict[str, Any]) -> str:
+    _, again = _train(run, found["rows"], "second")
+    if again.hash != found["model"].hash:
+        store = Store(run.settings)
+        first, second = store.listing(found["model"]), store.listing(again)
+        differ = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+        raise TrainingError(
+            f"pack {run.pack.name}: trained twice with seed {run.pack.training.seed}, the model folders differ: "
+            f"{', '.join(differ[:5])}",
+            fix="draw every random number from job.seed, and write no times or paths into the folder",
+        )
+    return f"model {again.hash[:8]}"
+
+
+def _predicts(run: Run, found: dict[str, Any]) -> str:
+    found["predicted"], result = _score(run, found["rows"]["holdout"], found["model"])
+    strings = [name for name, kind in found["inputs"].items() if kind == "string"]
+    takes = count(len(found["inputs"]), "raw column")
+    return f"{takes}, {len(strings)} of text, p95 {result.metrics['latency_p95_ms']:.1f} ms for one row"
+
+
+def _is_judged(run: Run, found: dict[str, Any]) -> str:
+    import numpy as np
+
+    data, rules = run.pack.data, run.pack.gate
+    truth = found["rows"]["holdout"][data.target].to_numpy()
+    classes = sorted(found["rows"]["train"][data.target].unique().to_list()) if data.task == "multiclass" else None
+    produced = significance.intervals(
+        data.task,
+        truth,
+        found["predicted"],
+        np.arange(len(truth)),
+        confidence=rules.primary.confidence,
+        classes=classes,
+    )
+    wanted = {rules.primary.metric, *(rule.metric for rule in rules.slices)}
+    missing = sorted(wanted - produced.keys())
+    if missing:
+        raise EvaluationError(
+            f"pack {run.pack.name}: the evaluation does not produce {', '.join(missing)}",
+            fix=f"name one of: {', '.join(sorted(produced))}",
+        )
+    return ", ".join(f"{name} {produced[name].value:.3f}" for name in sorted(wanted))
+
+
+LAWS: dict[str, Callable[[Run, dict[str, Any]], str]] = {
+    "its source has rows for every window": _reads,
+    "its expectations are known, and hold": _is_valid,
+    "it trains on the CPU": _trains,
+    "the same seed makes the same model": _repeats,
+    "its model folder loads by itself, takes raw columns and leaves them as they are": _predicts,
+    "every metric of its gate is produced": _is_judged,
+}
+
+
+def _sample(run: Run, ingested: Ingested) -> dict[str, pl.DataFrame]:
+    """At most ROWS rows of each window, spread evenly; of each class in turn where there are classes."""
+    import polars as pl
+
+    data = run.pack.data
+    manifest = stages.manifest_of(Store(run.settings), ingested.manifest)
+    found = {}
+    for name in ("train", "validation", "holdout"):
+        window = getattr(ingested.windows, name)
+        store = Store(run.settings)
+        rows = pl.concat(
+            [pl.read_parquet(store.path(part.object)) for part in manifest.within(window)], how="vertical_relaxed"
+        )
+        if data.task == "regression":
+            found[name] = rows.gather_every(max(1, rows.height // ROWS)).head(ROWS)
+        else:
+            turn = pl.int_range(pl.len()).over(data.target)
+            found[name] = rows.sort(turn, maintain_order=True).head(ROWS).sort(data.event_time)
+    return found
+
+
+def _train(run: Run, rows: dict[str, pl.DataFrame], attempt: str) -> tuple[jobs.JobResult, Ref]:
+    pack = run.pack
+    spec = stages.job_spec(run, "train", f"check-{pack.name}-{attempt}", call=pack.training.call)
+    spec = spec.model_copy(update={"gpus": 0, "timeout_s": 60.0})
+
+    def fill(folder: Path) -> None:
+        stages.copy_python(pack, folder)
+        for name in ("train", "validation"):
+            (folder / name).mkdir()
+            rows[name].write_parquet(folder / name / "rows.parquet")
+
+    handle = jobs.start(run.settings, spec, fill)
+    result = jobs.wait(handle)
+    return result, Store(run.settings).put(handle.folder / "output" / "model")
+
+
+def _score(run: Run, rows: pl.DataFrame, model: Ref) -> tuple[Any, jobs.JobResult]:
+    spec = stages.job_spec(run, "score", f"check-{run.pack.name}-score")
+
+    def fill(folder: Path) -> None:
+        Store(run.settings).checkout(model, folder / "model")
+        (folder / "rows").mkdir()
+        rows.drop(run.pack.data.target).write_parquet(folder / "rows" / "rows.parquet")
+
+    handle = jobs.start(run.settings, spec, fill)
+    result = jobs.wait(handle)
+    return stages.predictions_in(handle.folder / "output" / "predictions.parquet"), result
