@@ -1,0 +1,133 @@
+"""A real MLflow registry on SQLite, made once, and real model folders of numpy; every test takes a model name of its own."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from evergreen.registry import lineage as parts
+from evergreen.pack import Data
+from evergreen.registry.lineage import Code, Environment, Lineage, Training, Validation
+from evergreen.registry.models import Registry
+from evergreen.run import Estimate, Hardware, Windows
+from evergreen.settings import Settings
+
+LOADER = '''
+"""Adds the weight of the carrier to distance x slope; an unknown carrier weighs nothing."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass
+class Model:
+    carriers: dict
+    slope: float
+
+    def predict(self, frame):
+        weights = frame["carrier"].map(self.carriers).fillna(0.0).to_numpy(dtype="float64")
+        return weights + self.slope * frame["distance"].fillna(0).to_numpy(dtype="float64")
+
+
+def load(folder):
+    carriers = json.loads((Path(folder) / "carriers.json").read_text())
+    return Model(carriers, float(np.load(Path(folder) / "slope.npy", allow_pickle=False)))
+'''
+INPUTS = {"carrier": "string", "distance": "int", "temperature": "float", "weekend": "bool", "departure": "datetime"}
+
+
+def model_folder(folder: Path, slope: float = 0.5) -> Path:
+    """A model folder by the contract, with strings in its inputs."""
+    folder.mkdir(parents=True)
+    (folder / "loader.py").write_text(LOADER)
+    (folder / "carriers.json").write_text(json.dumps({"AA": 1.0, "UA": 2.0}))
+    np.save(folder / "slope.npy", slope)
+    requirements = [f"numpy=={np.__version__}", f"pandas=={pd.__version__}"]
+    (folder / "model.json").write_text(json.dumps({"task": "binary", "inputs": INPUTS, "requirements": requirements}))
+    return folder
+
+
+def rows() -> pd.DataFrame:
+    """Two raw rows; the second has nothing but its carrier, which no vocabulary holds."""
+    return pd.DataFrame(
+        {
+            "carrier": ["UA", "never seen"],
+            "distance": [100.0, None],
+            "temperature": [12.5, None],
+            "weekend": [True, None],
+            "departure": pd.to_datetime(["2013-04-01T06:00Z", None], utc=True),
+        }
+    )
+
+
+def made_of(name: str, **changes: object) -> Lineage:
+    """A whole lineage for `name`."""
+    values = {
+        "model": name,
+        "version": None,
+        "run_id": "manual__2013-04-01T00:00:00+00:00",
+        "as_of": datetime(2013, 4, 1, tzinfo=UTC),
+        "data_until": datetime(2013, 4, 1, tzinfo=UTC),
+        "windows": Windows.ending(datetime(2013, 4, 1, tzinfo=UTC), Data(target="late", event_time="departure")),
+        "reason": "a person asked",
+        "snapshot": parts.Data(
+            repository="/data",
+            revision="a" * 40,
+            tag=f"{name}/20130401T000000Z-0123abcd",
+            hash="0123456789abcdef0123456789abcdef.dir",
+            rows=28834,
+            bytes=1_000_000,
+            partitions=31,
+        ),
+        "validation": Validation(success=True, suite_hash="s" * 64, rows_checked=28834, rows_quarantined=3),
+        "code": Code(revision="b" * 40, dirty=False, evergreen="0.1.0"),
+        "environment": Environment(python="3.11.7", lock_hash="c" * 64, image=None),
+        "hardware": Hardware(device="cpu", name="a processor"),
+        "training": Training(params={"epochs": 5, "layers": [64, 32]}, seed=7, duration_s=1.5),
+        "metrics": {"roc_auc": Estimate(value=0.69, low=0.67, high=0.71)},
+        "verdict": None,
+    }
+    return Lineage(**(values | changes))
+
+
+def register(registry: Registry, name: str, folder: Path, *, key: str = "k1", **changes: object) -> tuple[int, str]:
+    """Register `folder` with everything that a run gives."""
+    values = {
+        "key": key,
+        "run_name": "0123456789ab",
+        "lineage": made_of(name),
+        "model_hash": "f" * 32 + ".dir",
+        "metrics": {"roc_auc": 0.69},
+        "curve": [{"step": step, "of": 2, "loss": 1 / step} for step in (1, 2)],
+        "artifacts": {},
+        "input_example": rows(),
+        "tags": {},
+        "description": "Will it be late?",
+    }
+    return registry.register(name, folder, **(values | changes))
+
+
+def settings_at(home: Path) -> Settings:
+    return Settings.from_env({"EVERGREEN_HOME": str(home)})
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def registry(home) -> Registry:
+    return Registry(settings_at(home))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return model_folder(tmp_path / "trained")
