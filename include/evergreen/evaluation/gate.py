@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from evergreen.evaluation.metrics import direction
 from evergreen.pack import GateRules, SliceRule
-from evergreen.run import Difference, Estimate, Evaluated, Evaluation, Verdict, count, digest
+from evergreen.run import Difference, Estimate, Evaluated, Evaluation, SliceEstimate, Verdict, count, digest
 
 
 class Finding(NamedTuple):
@@ -51,7 +51,7 @@ def decide(
     ]
     findings.sort(key=lambda finding: GRAVITY.index(finding.decision))
     decision = findings[0].decision
-    assert decision != "note"  # _comparison always decides
+    assert decision != "note"  # _comparison decides, or _limits has rejected
     return Verdict(decision=decision, reasons=tuple(finding.sentence for finding in findings))
 
 
@@ -62,16 +62,20 @@ def policy_hash(rules: GateRules) -> str:
 
 def _time(evaluated: Evaluated, challenger_as_of: datetime, champion_as_of: datetime | None) -> Iterator[Finding]:
     """Time only moves forward: fresher knowledge is never replaced by older."""
-    if champion_as_of is not None and challenger_as_of < champion_as_of:
+    if champion_as_of is None:
+        if evaluated.champion is not None:
+            yield Finding(
+                "review", f"the as-of of {_champion(evaluated)} is unknown, and so is which of the two is fresher"
+            )
+        return
+    if challenger_as_of < champion_as_of:
         yield Finding(
             "reject",
             f"as of {_instant(challenger_as_of)}, earlier than {_champion(evaluated)} "
             f"({_instant(champion_as_of)}): time only moves forward",
         )
-    if champion_as_of is None and evaluated.champion is not None:
-        yield Finding(
-            "review", f"the as-of of {_champion(evaluated)} is unknown, so which of the two is fresher is too"
-        )
+    if evaluated.champion is None:
+        yield Finding("reject", f"the champion as of {_instant(champion_as_of)} was not evaluated")
 
 
 def _limits(challenger: Evaluation, rules: GateRules) -> Iterator[Finding]:
@@ -82,13 +86,18 @@ def _limits(challenger: Evaluation, rules: GateRules) -> Iterator[Finding]:
         why = f": {challenger.withheld}" if challenger.withheld else ""
         yield Finding("reject", f"{primary.metric}, the primary metric, was not produced by the evaluation{why}")
         return
-    shown = f"{primary.metric} {_number(figure, figure)}"
     if primary.min is not None:
         below = figure < primary.min
-        yield Finding("reject" if below else "note", f"{shown} is {'below' if below else 'at least'} {primary.min:g}")
+        words = "is below" if below else "is at least"
+        yield Finding(
+            "reject" if below else "note", f"{primary.metric} {_beside(figure, primary.min)} {words} {primary.min:g}"
+        )
     if primary.max is not None:
         above = figure > primary.max
-        yield Finding("reject" if above else "note", f"{shown} is {'above' if above else 'at most'} {primary.max:g}")
+        words = "is above" if above else "is at most"
+        yield Finding(
+            "reject" if above else "note", f"{primary.metric} {_beside(figure, primary.max)} {words} {primary.max:g}"
+        )
 
 
 def _latency(challenger: Evaluation, rules: GateRules) -> Iterator[Finding]:
@@ -97,7 +106,7 @@ def _latency(challenger: Evaluation, rules: GateRules) -> Iterator[Finding]:
     if limit is None:
         return
     measured = challenger.latency_p95_ms
-    if measured is None or math.isnan(measured):
+    if measured is None or not math.isfinite(measured):
         yield Finding("reject", "latency_p95_ms was not produced by the evaluation")
         return
     over = measured > limit
@@ -108,10 +117,12 @@ def _latency(challenger: Evaluation, rules: GateRules) -> Iterator[Finding]:
 
 
 def _comparison(evaluated: Evaluated, rules: GateRules) -> Iterator[Finding]:
-    """Exactly one finding: the primary test against the champion, or why there is none."""
+    """The primary test against the champion, or why there is none: one finding, unless `_limits` missed the figure."""
     primary = rules.primary
     figure = _figure(evaluated.challenger, primary.metric)
-    shown = primary.metric if figure is None else f"{primary.metric} {_number(figure, figure)}"
+    if figure is None:
+        return
+    shown = f"{primary.metric} {_number(figure, figure)}"
     champion = evaluated.champion
     if champion is None:
         yield Finding("promote", f"{shown}, no champion to compare with")
@@ -126,7 +137,7 @@ def _comparison(evaluated: Evaluated, rules: GateRules) -> Iterator[Finding]:
         )
         return
     difference = _difference(evaluated, primary.metric, None, None)
-    if figure is None or difference is None:
+    if difference is None:
         yield Finding("reject", f"the difference in {primary.metric} to {name} was not produced by the evaluation")
         return
     if evaluated.confidence != primary.confidence:
@@ -169,62 +180,59 @@ def _slice(evaluated: Evaluated, rule: SliceRule) -> Iterator[Finding]:
     if not groups:
         yield Finding("reject", f"{rule.metric} by {rule.by} was not produced by the evaluation")
         return
-    unjudged = [each.group for each in groups if each.estimate is None]
-    if unjudged:
-        yield Finding(
-            "note",
-            f"{rule.by}: not judged on {rule.metric}, under {rule.min_rows} rows or undefined: {_some(unjudged)}",
-        )
-    if evaluated.champion is None or evaluated.champion.withheld is not None:
-        return
-    name = _champion(evaluated)
-    fine: list[str] = []
-    unclear: list[str] = []
+    rest: dict[str, list[str]] = {"better": [], "unclear": [], "unjudged": []}
     for each in groups:
-        if each.estimate is None:
-            continue
-        difference = _difference(evaluated, rule.metric, rule.by, each.group)
-        if difference is None:
-            yield Finding(
-                "reject",
-                f"the difference in {rule.metric} to {name} for {rule.by} {each.group} was not produced by the evaluation",
-            )
-            continue
-        gain = _gain(difference.estimate, rule.metric)
-        if gain is not None and gain[1] < -rule.margin:
-            change = _change(difference.estimate, each.estimate.value)
-            yield Finding(
-                "reject",
-                f"{rule.by} {each.group}: {rule.metric} worse than {name} by more than {rule.margin:g} ({change})",
-            )
-        elif gain is None or gain[0] < -rule.margin:
-            unclear.append(each.group)
+        outcome = _outcome(evaluated, rule, each)
+        if isinstance(outcome, Finding):
+            yield outcome
         else:
-            fine.append(each.group)
-    if fine:
-        yield Finding("note", f"{rule.by}: {rule.metric} within {rule.margin:g} of {name} or better: {_some(fine)}")
-    if unclear:
-        yield Finding(
-            "note", f"{rule.by}: not clear on {rule.metric}, neither within {rule.margin:g} nor worse: {_some(unclear)}"
+            rest[outcome].append(each.group)
+    name = _champion(evaluated)
+    for kind, words in (
+        ("better", f"{rule.metric} within {rule.margin:g} of {name}, or better"),
+        ("unclear", f"{rule.metric} neither shown within {rule.margin:g} of {name} nor shown worse"),
+        ("unjudged", f"{rule.metric} not compared for want of rows, of classes or of a champion's figures"),
+    ):
+        if rest[kind]:
+            yield Finding("note", f"{rule.by}: {words}: {_some(rest[kind])}")
+
+
+def _outcome(
+    evaluated: Evaluated, rule: SliceRule, of: SliceEstimate
+) -> Finding | Literal["better", "unclear", "unjudged"]:
+    """What a group says: a reason to reject, or which kind of the rest it is."""
+    if of.estimate is None or evaluated.champion is None or evaluated.champion.withheld is not None:
+        return "unjudged"
+    name = _champion(evaluated)
+    difference = _difference(evaluated, rule.metric, rule.by, of.group)
+    if difference is None:
+        what = f"the difference in {rule.metric} to {name} for {rule.by} {of.group}"
+        return Finding("reject", f"{what} was not produced by the evaluation")
+    gain = _gain(difference.estimate, rule.metric)
+    if gain is not None and gain[1] < -rule.margin:
+        change = _change(difference.estimate, of.estimate.value)
+        return Finding(
+            "reject", f"{rule.by} {of.group}: {rule.metric} worse than {name} by more than {rule.margin:g} ({change})"
         )
+    return "better" if gain is not None and gain[0] >= -rule.margin else "unclear"
 
 
 def _figure(evaluation: Evaluation, metric: str) -> float | None:
-    """The metric's value; None where it was not produced or is NaN."""
+    """The metric's value; None where it was not produced, or is no number."""
     found = evaluation.metrics.get(metric)
-    return None if found is None or math.isnan(found.value) else found.value
+    return None if found is None or not math.isfinite(found.value) else found.value
 
 
 def _difference(evaluated: Evaluated, metric: str, by: str | None, group: str | None) -> Difference | None:
     for each in evaluated.differences:
-        if (each.metric, each.by, each.group) == (metric, by, group) and not math.isnan(each.estimate.value):
+        if (each.metric, each.by, each.group) == (metric, by, group) and math.isfinite(each.estimate.value):
             return each
     return None
 
 
 def _gain(difference: Estimate, metric: str) -> tuple[float, float] | None:
     """The interval turned so that more is better; None where there is none."""
-    if difference.low is None or difference.high is None or math.isnan(difference.low + difference.high):
+    if difference.low is None or difference.high is None or not math.isfinite(difference.low + difference.high):
         return None
     if direction(metric) > 0:
         return difference.low, difference.high
@@ -248,6 +256,12 @@ def _number(number: float, of: float, sign: str = "") -> str:
     """Three decimals; more for a figure `of` so small that three significant digits need them."""
     decimals = max(3, 2 - math.floor(math.log10(abs(of)))) if of else 3
     return f"{number:{sign}.{decimals}f}"
+
+
+def _beside(figure: float, limit: float) -> str:
+    """The figure, with as many digits as it takes to differ from the limit that it does not meet."""
+    shown = _number(figure, figure)
+    return f"{figure:.6g}" if float(shown) == limit else shown
 
 
 def _instant(instant: datetime) -> str:

@@ -1,0 +1,186 @@
+"""Intervals hold what they promise on days that differ, and are a function of the data alone."""
+
+import numpy as np
+import pytest
+from evergreen.evaluation.metrics import Rows, figures, score
+from evergreen.evaluation.significance import difference, estimate, intervals, paired
+from evergreen.pack import TASK_METRICS
+from evergreen.run import Estimate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def days(rng: np.random.Generator, count: int, rows: int = 90):
+    """A hold-out of `count` days, each with a difficulty and a rate of its own, and two models that share its noise.
+
+    Returns truth, the predictions of both, and the day of each row.
+    """
+    day = np.repeat(np.arange(count), rng.integers(rows // 2, rows * 3 // 2, count))
+    known, hidden = rng.normal(size=(2, len(day)))
+    rate, skill = rng.normal(-1.2, 0.6, count)[day], rng.normal(0.8, 0.35, count)[day]
+    truth = rng.random(len(day)) < 1 / (1 + np.exp(-(rate + skill * known + 0.5 * hidden)))
+    noise = rng.normal(0, 0.3, (2, len(day)))
+    better, worse = (
+        1 / (1 + np.exp(-(-1.2 + 0.8 * known + share * hidden + each)))
+        for share, each in zip((0.5, 0.3), noise, strict=True)
+    )
+    return truth, better, worse, day
+
+
+def coverage(count: int, trials: int) -> dict[str, float]:
+    """Share of trials whose nominal 95 % interval holds the figure of endlessly many days, for five figures."""
+    rng = np.random.default_rng(20130401)
+    truth, better, worse, day = days(rng, 3000)
+    figures = score("binary", truth, better)
+    wanted = {name: figures[name] for name in ("roc_auc", "average_precision", "log_loss", "brier")}
+    wanted["difference"] = figures["roc_auc"] - score("binary", truth, worse)["roc_auc"]
+    held = dict.fromkeys(wanted, 0)
+    for _ in range(trials):
+        truth, better, worse, day = days(rng, count)
+        found = intervals("binary", truth, better, day, confidence=0.95)
+        found["difference"] = difference("binary", "roc_auc", truth, better, worse, clusters=day, confidence=0.95)
+        for name, value in wanted.items():
+            held[name] += found[name].low <= value <= found[name].high
+    return {name: hits / trials for name, hits in held.items()}
+
+
+@pytest.mark.parametrize("count", [3, 14])
+def test_an_interval_of_95_percent_holds_the_true_figure_9_times_in_10(count):
+    """With days of their own difficulty and few of them, where the percentile bootstrap holds it 5 to 9 times in 10."""
+    found = coverage(count, trials=250)
+    assert min(found.values()) >= 0.90, found
+
+
+def bootstrapped(rng: np.random.Generator, *models: Rows) -> tuple[float, float]:
+    """The rival: percentiles of the AUC, or of its paired difference, on days drawn again with replacement."""
+    count = models[0].partitions
+    weights = rng.multinomial(count, np.ones(count) / count, 500).astype(float)
+    replicates = [figures(rows, "roc_auc", weights) for rows in models]
+    low, high = np.quantile(replicates[0] if len(models) == 1 else replicates[0] - replicates[1], [0.025, 0.975])
+    return low, high
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("count", [2, 3, 7, 14])
+def test_leaving_days_out_covers_better_than_drawing_them_again(count):
+    """On the same days the percentile bootstrap holds the true AUC, and the true difference, less often than this."""
+    rng = np.random.default_rng(20130401)
+    truth, better, worse, day = days(rng, 3000)
+    auc, other = (score("binary", truth, each)["roc_auc"] for each in (better, worse))
+    held = np.zeros(4)
+    trials = 400
+    for _ in range(trials):
+        truth, better, worse, day = days(rng, count)
+        new, old = (Rows.of("binary", truth, each, day) for each in (better, worse))
+        one, two = estimate(new, "roc_auc", 0.95), paired(new, old, "roc_auc", 0.95)
+        bounds = [(one.low, one.high), (two.low, two.high), bootstrapped(rng, new), bootstrapped(rng, new, old)]
+        held += [low <= true <= high for true, (low, high) in zip([auc, auc - other] * 2, bounds, strict=True)]
+    ours, rivals = held[:2] / trials, held[2:] / trials
+    print(f"{count} days: AUC {ours[0]:.3f} against {rivals[0]:.3f}, difference {ours[1]:.3f} against {rivals[1]:.3f}")  # noqa: T201
+    assert (ours >= np.maximum(rivals, 0.9)).all()
+
+
+def test_rows_of_one_day_do_not_count_as_independent():
+    """Copying every row of every day ten times tells nothing new: the interval stays."""
+    truth, better, _, day = days(np.random.default_rng(2), 10)
+    once = intervals("binary", truth, better, day, confidence=0.95)["roc_auc"]
+    tenfold = intervals("binary", *(np.tile(each, 10) for each in (truth, better, day)), confidence=0.95)["roc_auc"]
+    assert (tenfold.low, tenfold.high) == pytest.approx((once.low, once.high), abs=1e-12)
+
+
+def test_the_interval_of_a_mean_is_the_textbooks():
+    """On days of equal size the brier score's interval is the t interval of the days' means."""
+    rng = np.random.default_rng(3)
+    day = np.repeat(np.arange(8), 50)
+    truth, predicted = rng.random(400) < 0.4, rng.random(400)
+    means = ((predicted - truth) ** 2).reshape(8, 50).mean(axis=1)
+    half = 2.364624251592785 * means.std(ddof=1) / np.sqrt(8)  # t(7) at 97.5 %
+    found = intervals("binary", truth, predicted, day, confidence=0.95)["brier"]
+    assert (found.low, found.high) == pytest.approx((means.mean() - half, means.mean() + half), abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 8))
+def test_a_model_does_not_differ_from_itself(seed, count):
+    """The paired difference of identical predictions is exactly 0, and so is the width of its interval."""
+    truth, predicted, _, day = days(np.random.default_rng(seed), count)
+    for metric in TASK_METRICS["binary"]:
+        found = difference("binary", metric, truth, predicted, predicted.copy(), clusters=day, confidence=0.95)
+        assert found == Estimate(value=0.0, low=0.0, high=0.0), metric
+
+
+def test_pairing_narrows_the_interval_of_a_difference():
+    """What both models suffer on a hard day is taken out: the difference is known better than either figure."""
+    truth, better, worse, day = days(np.random.default_rng(4), 14)
+    paired = difference("binary", "roc_auc", truth, better, worse, clusters=day, confidence=0.95)
+    alone = intervals("binary", truth, better, day, confidence=0.95)["roc_auc"]
+    assert paired.high - paired.low < (alone.high - alone.low) / 2
+
+
+def test_a_difference_is_the_challenger_less_the_champion():
+    """Its value is that of the two figures, and changing sides changes its sign and turns its interval over."""
+    truth, better, worse, day = days(np.random.default_rng(5), 14)
+    there = difference("binary", "log_loss", truth, better, worse, clusters=day, confidence=0.9)
+    back = difference("binary", "log_loss", truth, worse, better, clusters=day, confidence=0.9)
+    apart = score("binary", truth, better)["log_loss"] - score("binary", truth, worse)["log_loss"]
+    assert there.value == pytest.approx(apart, abs=1e-12)
+    assert (back.value, back.low, back.high) == pytest.approx((-there.value, -there.high, -there.low), abs=1e-12)
+
+
+@pytest.mark.parametrize("task", TASK_METRICS)
+def test_every_metric_has_a_value_within_its_bounds(task):
+    """All metrics of all kinds of target come with bounds, and their value is `metrics.score`'s."""
+    rng = np.random.default_rng(6)
+    day = np.repeat(np.arange(7), 40)
+    truth = {"binary": rng.random(280) < 0.4, "multiclass": rng.integers(0, 3, 280), "regression": rng.normal(size=280)}
+    predicted = {
+        "binary": rng.random(280),
+        "multiclass": rng.dirichlet(np.ones(3), 280),
+        "regression": rng.normal(size=280),
+    }
+    found = intervals(task, truth[task], predicted[task], day, confidence=0.95)
+    values = {name: each.value for name, each in found.items()}
+    assert values == pytest.approx(score(task, truth[task], predicted[task]), abs=1e-12)
+    assert all(each.low < each.value < each.high for each in found.values())
+
+
+def test_more_confidence_is_a_wider_interval():
+    """99 % reaches further than 90 %."""
+    truth, better, _, day = days(np.random.default_rng(7), 14)
+    wide, narrow = (intervals("binary", truth, better, day, confidence=each)["roc_auc"] for each in (0.99, 0.9))
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_bounds_stay_within_what_a_metric_can_be():
+    """Two days tell little, but never that an AUC exceeds 1 or an error falls below 0."""
+    truth, better, _, day = days(np.random.default_rng(8), 2)
+    for name, each in intervals("binary", truth, better, day, confidence=0.95).items():
+        assert each.low >= 0, name
+        assert each.high <= 1 or name == "log_loss", name
+
+
+def test_one_partition_has_no_interval():
+    """With a single day there is nothing to leave out: the value stands without bounds."""
+    truth, better, worse, _ = days(np.random.default_rng(9), 3)
+    once = np.zeros(len(truth), dtype=int)
+    found = intervals("binary", truth, better, once, confidence=0.95)
+    assert all((each.low, each.high) == (None, None) for each in found.values())
+    paired = difference("binary", "roc_auc", truth, better, worse, clusters=once, confidence=0.95)
+    assert (paired.low, paired.high) == (None, None)
+
+
+def test_a_figure_that_hangs_on_one_day_has_no_interval():
+    """All positives on one day: without that day there is no AUC, so it has no bounds; the brier score has."""
+    day = np.repeat(np.arange(4), 30)
+    truth, predicted = (day == 2) & (np.arange(120) % 2 == 0), np.random.default_rng(10).random(120)
+    found = intervals("binary", truth, predicted, day, confidence=0.95)
+    assert (found["roc_auc"].low, found["roc_auc"].high) == (None, None)
+    assert found["brier"].low < found["brier"].value < found["brier"].high
+
+
+def test_labels_of_partitions_are_names_only():
+    """Any integers may name the days."""
+    truth, better, _, day = days(np.random.default_rng(11), 6)
+    plain = intervals("binary", truth, better, day, confidence=0.95)["roc_auc"]
+    named = intervals("binary", truth, better, 1000 - 7 * day, confidence=0.95)["roc_auc"]
+    assert (named.value, named.low, named.high) == pytest.approx((plain.value, plain.low, plain.high), abs=1e-12)
