@@ -1,0 +1,521 @@
+"""Rows become partitions: one canonical Parquet file per period, whose identity is the hash of its rows.
+
+A partition is a function of its period's rows alone: whatever order and chunks a source hands them over in, and
+whatever else it hands over beside them, the same rows give the same identity and the same bytes.
+
+- Columns: event time first, the others sorted by name.
+- Rows: sorted by event time, then by all other columns in that order.
+- Types: bool, int (64 bits), float (64 bits, one NaN, no minus zero), string, datetime (microseconds, UTC; a naive
+  time is taken as UTC), date. Categoricals become strings, decimals floats. A column without a value in the period has
+  the type `null` there, and takes its type from other periods when they are read together.
+- Types of one column may differ from period to period only as int and float do (then it is a float), or null and any.
+
+Nothing here knows the store: the ingest stage puts the files there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evergreen.errors import SourceError, nearest
+from evergreen.pack import Partition
+from evergreen.run import Manifest, PartitionFile, Window, count, floor, period_name, periods, step
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+
+Frame = Any
+"""A polars or pandas DataFrame, a pyarrow Table or RecordBatch."""
+
+BUDGET_BYTES = 256 * 2**20
+"""Rows held in memory before they are spilled to disk, sorted out by period. One period must fit in memory."""
+
+IDENTITY_KEY = "evergreen.identity"
+"""Where a partition's Parquet metadata keeps its identity."""
+
+TRUNCATE = {"hour": "1h", "day": "1d", "week": "1w", "month": "1mo"}
+
+
+@dataclass(frozen=True)
+class File:
+    """A partition on this machine's disk."""
+
+    period: datetime
+    rows: int
+    identity: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a source held of a window: the partitions in order of time, and every column's type over all of them."""
+
+    files: tuple[File, ...]
+    columns: dict[str, str]
+
+
+def write(
+    frames: Iterable[Frame],
+    *,
+    window: Window,
+    partition: Partition,
+    event_time: str,
+    target: str,
+    folder: Path,
+    origin: str,
+) -> Written:
+    """Write the rows of `frames` as one Parquet file per period into `folder`; periods without rows have none.
+
+    `origin` names the source in messages. Raises SourceError for: a missing event time or target, columns that differ
+    between frames, types that cannot be kept, an event time that is null, no time, or outside `window` (those rows
+    would be a look beyond as-of).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    spill = _Spill(folder / "spill", partition, event_time)
+    columns: list[str] = []
+    for number, raw in enumerate(frames, start=1):
+        where = f"{origin}: frame {number}"
+        frame = _to_polars(raw, where)
+        require_columns(frame.columns, (event_time, target), where)
+        same_columns(columns or frame.columns, frame.columns, where)
+        columns = columns or frame.columns
+        frame = with_event_time(frame, event_time, where)
+        _refuse_stray_times(frame, event_time, window, where)
+        frame = _canonical(frame.select(event_time, *sorted(set(columns) - {event_time})), where)
+        if frame.height:
+            spill.add(frame)
+    files: list[File] = []
+    types: dict[str, str] = {}
+    for group in spill.groups(origin):
+        for file, found in _write_group(group, partition, event_time, folder):
+            files.append(file)
+            types = agree(types, found, f"{origin}: {period_name(file.period, partition)}")
+    shutil.rmtree(folder / "spill", ignore_errors=True)
+    return Written(files=tuple(sorted(files, key=lambda file: file.period)), columns=types)
+
+
+def write_one(frame: pl.DataFrame, *, period: datetime, event_time: str, path: Path) -> File:
+    """Write rows of one period, of a partition read before, as a partition of their own: a clean one, say."""
+    columns = [event_time, *sorted(set(frame.columns) - {event_time})]
+    frame = _canonical(frame.select(columns), str(path)).sort(columns)
+    file, _ = _write_slice(frame, [_Bytes(frame[name]) for name in columns], slice(0, frame.height), period, path)
+    return file
+
+
+def load(paths: Iterable[Path]) -> pl.DataFrame:
+    """The rows of partitions, given in order of time, as one frame; a column takes the widest of its types."""
+    import polars as pl
+
+    return _concat([pl.read_parquet(path) for path in paths])
+
+
+# What to read, and what it makes of what is known: pure.
+
+
+def to_read(known: Manifest | None, window: Window, partition: Partition, lookback: int) -> list[Window]:
+    """The parts of `window` to read: periods that are not known, and the last `lookback` known ones for late rows.
+
+    Neighbouring periods are read together; the windows touch nowhere and lie within `window`.
+    """
+    have = {part.period for part in known.within(_whole(window, partition))} if known else set()
+    again = set(sorted(have)[len(have) - min(lookback, len(have)) :])
+    windows: list[Window] = []
+    for period in periods(window, partition):
+        if period in have and period not in again:
+            continue
+        start, end = max(period, window.start), min(step(period, partition), window.end)
+        if windows and windows[-1].end == start:
+            start = windows.pop().start
+        windows.append(Window(start=start, end=end))
+    return windows
+
+
+def merge(
+    known: Manifest | None,
+    written: Iterable[PartitionFile],
+    columns: Mapping[str, str],
+    read: Sequence[Window],
+    window: Window,
+    *,
+    dataset: str,
+    partition: Partition,
+) -> tuple[Manifest, tuple[datetime, ...], int]:
+    """The manifest of `window` after a reading, the known periods that changed, and how many partitions did not.
+
+    `columns` are those of the reading. A partition whose identity is unchanged keeps its known entry, object included;
+    one that was read again and is gone is dropped, and counts as changed. Raises SourceError where the reading's
+    columns are not the known ones.
+    """
+    old = {part.period: part for part in known.within(_whole(window, partition))} if known else {}
+    new = {part.period: part for part in written}
+    looked = {period for part in read for period in periods(part, partition)}
+    merged: dict[datetime, PartitionFile] = {period: part for period, part in old.items() if period not in looked}
+    late = []
+    for period in sorted(looked):
+        before, now = old.get(period), new.get(period)
+        if before is not None and (now is None or now.identity != before.identity):
+            late.append(period)
+        if now is not None:
+            merged[period] = before if before is not None and before.identity == now.identity else now
+    types = dict(columns)
+    if known is not None and old:
+        first = period_name(min(new), partition) if new else "nothing"
+        types = agree(known.columns, columns, f"dataset {dataset}: {first}, read now") if columns else known.columns
+    parts = tuple(merged[period] for period in sorted(merged))
+    manifest = Manifest(dataset=dataset, partition=partition, columns=types, partitions=parts)
+    return manifest, tuple(late), sum(1 for part in parts if old.get(part.period) == part)
+
+
+def agree(left: Mapping[str, str], right: Mapping[str, str], where: str) -> dict[str, str]:
+    """The types that hold for two readings of the same columns. Raises SourceError where they cannot be the same."""
+    if not left or not right:
+        return dict(left or right)
+    same_columns(list(left), list(right), where)
+    return {name: _wider(name, left[name], right[name], where) for name in left}
+
+
+def _wider(name: str, left: str, right: str, where: str) -> str:
+    if right in (left, "null"):
+        return left
+    if left == "null":
+        return right
+    if {left, right} == {"int", "float"}:
+        return "float"
+    raise SourceError(
+        f"{where}: column {name!r} is {right}, and {left} before",
+        fix="give the column one type in the source; a new meaning deserves a new name",
+    )
+
+
+def _whole(window: Window, partition: Partition) -> Window:
+    """`window` from the start of its first period on."""
+    return Window(start=floor(window.start, partition), end=window.end)
+
+
+# Checks that sources and partitions share.
+
+
+def require_columns(found: Iterable[str], wanted: Iterable[str], where: str) -> None:
+    """Raise SourceError when a column that the pack names is not there."""
+    found = list(found)
+    for name in wanted:
+        if name not in found:
+            raise SourceError(f"{where} has no column {name!r}", fix=nearest(name, found))
+
+
+def same_columns(expected: Sequence[str], found: Sequence[str], where: str) -> None:
+    """Raise SourceError when the columns are not the expected ones, in whatever order; name what was renamed."""
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected))
+    if not missing and not extra:
+        return
+    parts = []
+    if missing:
+        parts.append(f"has no column {', '.join(map(repr, missing[:5]))}, which was there before")
+    if extra:
+        parts.append(f"has a column {', '.join(map(repr, extra[:5]))}, which was not there before")
+    if missing and extra:
+        fix = f"{missing[0]!r} may have been renamed: {nearest(missing[0], extra)} give all of the source the same columns"
+    else:
+        fix = "give all of the source the same columns; for a dataset with other columns make another pack"
+    raise SourceError(f"{where} {' and '.join(parts)}", fix=fix)
+
+
+def with_event_time(frame: pl.DataFrame, event_time: str, where: str) -> pl.DataFrame:
+    """`frame` with its event time in microseconds UTC; nulls stay. Raises SourceError when it is not a time."""
+    import polars as pl
+
+    kind = frame.schema[event_time]
+    column = pl.col(event_time)
+    if isinstance(kind, pl.Datetime):
+        utc = column.dt.convert_time_zone("UTC") if kind.time_zone else column.dt.replace_time_zone("UTC")
+    elif kind == pl.Date:
+        utc = column.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+    elif kind == pl.Null:
+        utc = column.cast(pl.Datetime("us", "UTC"))
+    else:
+        values = frame[event_time].drop_nulls()
+        odd = values.filter(~values.str.contains(r"^\d{4}-\d\d-\d\d")) if kind == pl.String else values
+        example = (odd if len(odd) else values).head(1).to_list()
+        shown = f", {example[0]!r} for one" if example else ""
+        raise SourceError(
+            f"{where}: event_time {event_time!r} holds {kind} and no times{shown}",
+            fix="make it a timestamp; as text in a CSV, ISO 8601 such as 2013-04-01T06:00:00Z",
+        )
+    return frame.with_columns(utc.dt.cast_time_unit("us"))
+
+
+def _refuse_stray_times(frame: pl.DataFrame, event_time: str, window: Window, where: str) -> None:
+    import polars as pl
+
+    nulls = frame[event_time].null_count()
+    if nulls:
+        first = frame[event_time].is_null().arg_max()
+        raise SourceError(
+            f"{where}: event_time {event_time!r} is null in {count(nulls, 'row')}, the first at position {first}",
+            fix="fill it in the source, or leave those rows out there",
+        )
+    column = pl.col(event_time)
+    stray = frame.filter((column < window.start) | (column >= window.end))
+    if stray.height:
+        example = stray[event_time][0]
+        raise SourceError(
+            f"{where}: {count(stray.height, 'row')} outside the window {window} that was asked for, "
+            f"{event_time} = {example:%Y-%m-%d %H:%M:%S} for one",
+            fix="return rows with window.start <= event_time < window.end only: later ones are not known yet at as-of",
+        )
+
+
+# Canonical frames.
+
+
+def _to_polars(raw: Frame, where: str) -> pl.DataFrame:
+    import polars as pl
+
+    if isinstance(raw, pl.DataFrame):
+        return raw
+    library = type(raw).__module__.split(".")[0]
+    if library not in ("pandas", "pyarrow"):
+        raise SourceError(
+            f"{where} is a {type(raw).__name__}", fix="hand over polars or pandas DataFrames, or pyarrow Tables"
+        )
+    try:
+        frame = pl.from_pandas(raw) if library == "pandas" else pl.from_arrow(raw)
+    except Exception as error:
+        raise SourceError(
+            f"{where} cannot be read as a table: {error}", fix="give every column one type and a name of its own"
+        ) from error
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+NOT_KEPT = {
+    "List": "write one column per element, or one row",
+    "Array": "write one column per element, or one row",
+    "Struct": "write one column per field",
+    "Binary": "decode it to text, or leave the column out",
+    "Time": "write it as a number, seconds since midnight say",
+    "Duration": "write it as a number of seconds",
+    "Object": "give the column one type: bool, int, float, text, datetime or date",
+}
+
+
+def _canonical(frame: pl.DataFrame, where: str) -> pl.DataFrame:
+    """`frame` with every column of a canonical type."""
+    import polars as pl
+
+    columns = []
+    for name, kind in frame.schema.items():
+        column = pl.col(name)
+        if kind.is_integer():
+            columns.append(column.cast(pl.Int64))
+        elif kind.is_numeric():
+            number = column.cast(pl.Float64) + 0.0  # -0.0 + 0.0 is 0.0
+            columns.append(pl.when(number.is_nan()).then(float("nan")).otherwise(number).alias(name))
+        elif isinstance(kind, pl.Datetime):
+            utc = column.dt.convert_time_zone("UTC") if kind.time_zone else column.dt.replace_time_zone("UTC")
+            columns.append(utc.dt.cast_time_unit("us"))
+        elif kind in (pl.String, pl.Categorical, pl.Enum):
+            columns.append(column.cast(pl.String))
+        elif kind in (pl.Boolean, pl.Date, pl.Null):
+            columns.append(column)
+        else:
+            raise SourceError(
+                f"{where}: column {name!r} holds {kind}, which a partition cannot keep",
+                fix=NOT_KEPT.get(str(kind.base_type()), NOT_KEPT["Object"]),
+            )
+    try:
+        return frame.select(columns)
+    except pl.exceptions.InvalidOperationError as error:
+        raise SourceError(
+            f"{where}: a whole number does not fit in 64 bits: {str(error).splitlines()[0]}",
+            fix="write the column as float or as text",
+        ) from error
+
+
+class _Spill:
+    """Canonical frames: in memory up to `BUDGET_BYTES`, beyond that in Arrow files, mapped so that a look costs little."""
+
+    def __init__(self, folder: Path, partition: Partition, event_time: str) -> None:
+        self.folder = folder
+        self.every = TRUNCATE[partition]
+        self.event_time = event_time
+        self.held: list[pl.DataFrame] = []
+        self.held_bytes = 0
+        self.mapped: list[pl.DataFrame] = []
+
+    def add(self, frame: pl.DataFrame) -> None:
+        self.held.append(frame)
+        self.held_bytes += int(frame.estimated_size())
+        if self.held_bytes > BUDGET_BYTES:
+            self.folder.mkdir(exist_ok=True)
+            for table in self._tables():
+                file = self.folder / f"{len(self.mapped):06}.arrow"
+                table.write_ipc(file)
+                self.mapped.append(_map(file))
+            self.held, self.held_bytes = [], 0
+
+    def groups(self, origin: str) -> Iterator[pl.DataFrame]:
+        """The rows in frames of one schema that hold whole periods: all at once, or in groups of about the budget."""
+        tables = self.mapped + self._tables()
+        if len(tables) <= 1:
+            yield from tables
+            return
+        by_period: dict[datetime, list[pl.DataFrame]] = {}
+        for table in tables:
+            for rows, period in _runs(table[self.event_time], self.every):
+                by_period.setdefault(period, []).append(table[rows])
+        groups: dict[Schema, list[pl.DataFrame]] = {}
+        grouped_bytes = 0
+        for period in sorted(by_period):
+            part = _join(by_period.pop(period), f"{origin}: {period:%Y-%m-%d %H:%M}")
+            groups.setdefault(_schema(part), []).append(part)
+            grouped_bytes += int(part.estimated_size())
+            if grouped_bytes > BUDGET_BYTES:
+                yield from map(_concat, groups.values())
+                groups, grouped_bytes = {}, 0
+        yield from map(_concat, groups.values())
+
+    def _tables(self) -> list[pl.DataFrame]:
+        """What is held in memory, as one frame per schema, in order of time."""
+        by_schema: dict[Schema, list[pl.DataFrame]] = {}
+        for frame in self.held:
+            by_schema.setdefault(_schema(frame), []).append(frame)
+        return [_concat(frames).sort(self.event_time) for frames in by_schema.values()]
+
+
+Schema = tuple[tuple[str, Any], ...]
+
+
+def _schema(frame: pl.DataFrame) -> Schema:
+    return tuple(frame.schema.items())
+
+
+def _map(file: Path) -> pl.DataFrame:
+    """An uncompressed Arrow file as a frame whose rows stay on disk until they are looked at."""
+    import polars as pl
+    import pyarrow as pa
+
+    frame = pl.from_arrow(pa.ipc.open_file(pa.memory_map(str(file))).read_all(), rechunk=False)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _runs(times: pl.Series, every: str) -> Iterator[tuple[slice, datetime]]:
+    """The runs of rows that lie in one period each, of times in order."""
+    runs = times.dt.truncate(every).rle()
+    start = 0
+    for length, period in zip(runs.struct.field("len"), runs.struct.field("value"), strict=True):
+        yield slice(start, start + length), period
+        start += length
+
+
+def _join(parts: Sequence[pl.DataFrame], where: str) -> pl.DataFrame:
+    """Frames of one period as one, once their types are known to agree."""
+    types: dict[str, str] = {}
+    for part in parts if len(parts) > 1 else ():
+        types = agree(types, {name: _kind(part[name]) for name in part.columns}, where)
+    return _concat(parts)
+
+
+def _concat(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Frames of the same columns below one another, each column of the widest of its types."""
+    import polars as pl
+
+    return pl.concat(frames, how="vertical_relaxed") if frames else pl.DataFrame()
+
+
+def _kind(column: pl.Series) -> str:
+    """The canonical type of a canonical column; `null` where it holds no value."""
+    import polars as pl
+
+    if column.null_count() == len(column):
+        return "null"
+    kinds = {pl.Boolean: "bool", pl.Int64: "int", pl.Float64: "float", pl.String: "string", pl.Date: "date"}
+    return kinds.get(column.dtype.base_type(), "datetime")
+
+
+def _write_group(
+    group: pl.DataFrame, partition: Partition, event_time: str, folder: Path
+) -> Iterator[tuple[File, dict[str, str]]]:
+    """Sort a frame of whole periods and write each of its periods."""
+    group = group.sort(group.columns)
+    columns = [_Bytes(group[name]) for name in group.columns]
+    for rows, period in _runs(group[event_time], TRUNCATE[partition]):
+        yield _write_slice(group, columns, rows, period, folder / f"{period_name(period, partition)}.parquet")
+
+
+def _write_slice(
+    frame: pl.DataFrame, columns: Sequence[_Bytes], rows: slice, period: datetime, path: Path
+) -> tuple[File, dict[str, str]]:
+    """Write `rows` of a sorted canonical frame as the partition of `period`; → it, and its columns' types."""
+    import polars as pl
+
+    types = {column.name: column.kind(rows) for column in columns}
+    digest = hashlib.sha256(struct.pack("<QI", rows.stop - rows.start, len(columns)))
+    for column in columns:
+        column.feed(digest, rows)
+    identity = digest.hexdigest()
+    part = frame[rows].cast({name: pl.Null for name, kind in types.items() if kind == "null"})
+    part.write_parquet(path, compression="zstd", metadata={IDENTITY_KEY: identity})
+    return File(period=period, rows=part.height, identity=identity, path=path), types
+
+
+class _Bytes:
+    """One canonical column as the bytes that a partition's identity is the sha256 of, whatever library holds it.
+
+    A partition's bytes are: number of rows (u64) and of columns (u32), then for each column its name and its type as
+    length (u32) and UTF-8, and, unless the type is null: a bit per row, lowest first, whether there is a value; and
+    the values, little-endian, zero where there is none. bool u8; int i64; float IEEE 754 double; datetime i64
+    microseconds since 1970 UTC; date i32 days since 1970; string all lengths in bytes (i64), then all UTF-8.
+    """
+
+    def __init__(self, column: pl.Series) -> None:
+        import numpy as np
+        import polars as pl
+
+        self.name = column.name
+        self.type = _kind(column)
+        self.valid: np.ndarray[Any, Any] = column.is_not_null().to_numpy()
+        if self.type == "null":
+            return
+        if self.type == "string":
+            column = column.fill_null("")
+            self.values: np.ndarray[Any, Any] = column.str.len_bytes().to_numpy().astype("<i8")
+            self.ends = np.concatenate([[0], np.cumsum(self.values)])
+            self.text = "".join(column.to_list()).encode()
+        else:
+            width = {"bool": "u1", "float": "<f8", "date": "<i4"}.get(self.type, "<i8")
+            plain = (
+                column.to_physical()
+                if self.type in ("date", "datetime")
+                else column.cast(pl.UInt8)
+                if self.type == "bool"
+                else column
+            )
+            self.values = plain.fill_null(0).to_numpy().astype(width)
+
+    def kind(self, rows: slice) -> str:
+        """The canonical type in these rows; `null` where they hold no value."""
+        return self.type if self.valid[rows].any() else "null"
+
+    def feed(self, digest: hashlib._Hash, rows: slice) -> None:
+        import numpy as np
+
+        kind = self.kind(rows)
+        for text in (self.name.encode(), kind.encode()):
+            digest.update(struct.pack("<I", len(text)) + text)
+        if kind == "null":
+            return
+        digest.update(np.packbits(self.valid[rows], bitorder="little").tobytes())
+        digest.update(self.values[rows].tobytes())
+        if kind == "string":
+            digest.update(self.text[self.ends[rows.start] : self.ends[rows.stop]])
