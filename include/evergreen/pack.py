@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -228,18 +228,6 @@ class Pack(Part):
     gate: GateRules
     triggers: Triggers = Triggers()
 
-    @model_validator(mode="after")
-    def _metrics_exist(self) -> Pack:
-        known = TASK_METRICS[self.data.task]
-        for where, metric in [("gate.primary.metric", self.gate.primary.metric)] + [
-            ("gate.slices.metric", rule.metric) for rule in self.gate.slices
-        ]:
-            if metric not in known:
-                raise ValueError(
-                    f"{where}: {metric!r} is not a metric of a {self.data.task} target: {nearest(metric, known)}"
-                )
-        return self
-
     @property
     def dataset(self) -> str:
         """The dataset's name: the branch and the tag prefix of its snapshots."""
@@ -289,13 +277,11 @@ class Pack(Part):
             pack = cls.model_validate({**values, "name": folder.name, "folder": folder})
         except PydanticError as error:
             raise _explain(file, error, lines) from error
-        for where, call in _calls(pack):
-            module = folder / f"{call.split(':')[0]}.py"
-            if not module.is_file():
-                line = lines.get(where, 1)
+        for where, value, known, kind in _names(pack):
+            if value not in known:
                 raise PackError(
-                    f"{file}:{line}: {'.'.join(map(str, where))}: {call!r} names {module.name}, which is not in the folder",
-                    fix=f"write {module}, or name one of: {', '.join(p.name for p in pack.python_files) or 'none yet'}",
+                    f"{file}:{lines.get(where, 1)}: {'.'.join(map(str, where))}: {value!r} is not {kind}",
+                    fix=nearest(value, known),
                 )
         return pack
 
@@ -385,10 +371,17 @@ def _expectations(file: Path, items: list[Any], lines: Mapping[Location, int]) -
     return found
 
 
-def _calls(pack: Pack) -> Iterator[tuple[Location, str]]:
-    yield ("training", "call"), pack.training.call
+def _names(pack: Pack) -> Iterator[tuple[Location, str, Sequence[str], str]]:
+    """What a pack names beyond itself: where, the name, the names there are, and what they are called."""
+    metrics = TASK_METRICS[pack.data.task]
+    metric = f"a metric of a {pack.data.task} target"
+    yield ("gate", "primary", "metric"), pack.gate.primary.metric, metrics, metric
+    for index, rule in enumerate(pack.gate.slices):
+        yield ("gate", "slices", index, "metric"), rule.metric, metrics, metric
+    files = [file.name for file in pack.python_files]
+    yield ("training", "call"), f"{pack.training.call.split(':')[0]}.py", files, f"a file in {pack.folder}"
     if isinstance(pack.source, PythonSource):
-        yield ("source", "call"), pack.source.call
+        yield ("source", "call"), f"{pack.source.call.split(':')[0]}.py", files, f"a file in {pack.folder}"
 
 
 def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int]) -> PackError:
@@ -409,6 +402,10 @@ def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int]) ->
         elif kind == "missing":
             what = f"{name}: is missing"
             fixes.append(f"add {name}")
+        elif kind in ("union_tag_invalid", "union_tag_not_found"):
+            found = item["input"].get("kind") if isinstance(item["input"], dict) else item["input"]
+            what = f"{name}.kind: {found!r} is not a kind of {name}"
+            fixes.append(nearest(str(found), ("python", "parquet", "csv")))
         else:
             message = item["msg"].removeprefix("Value error, ")
             value = item.get("input")
