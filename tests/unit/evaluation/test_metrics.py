@@ -144,7 +144,8 @@ def test_classes_may_be_text_in_any_order():
     """Columns of predictions follow `classes`, whatever their type and order."""
     truth, predicted, _ = multiclass(7)
     names = np.array(["wren", "ant", "mole", "cod"])
-    assert score("multiclass", names[truth], predicted, classes=list(names)) == score("multiclass", truth, predicted)
+    for text in (names[truth], names[truth].astype(object)):
+        assert score("multiclass", text, predicted, classes=list(names)) == score("multiclass", truth, predicted)
 
 
 def test_a_known_class_may_be_absent_from_the_holdout():

@@ -184,3 +184,13 @@ def test_labels_of_partitions_are_names_only():
     plain = intervals("binary", truth, better, day, confidence=0.95)["roc_auc"]
     named = intervals("binary", truth, better, 1000 - 7 * day, confidence=0.95)["roc_auc"]
     assert (named.value, named.low, named.high) == pytest.approx((plain.value, plain.low, plain.high), abs=1e-12)
+
+
+def test_many_partitions_are_left_out_in_runs_of_neighbours():
+    """400 hours are judged as 100 runs of four, so cost does not grow with the square of the hold-out."""
+    truth, better, worse, hour = days(np.random.default_rng(12), 400, rows=10)
+    found = difference("binary", "roc_auc", truth, better, worse, clusters=hour, confidence=0.95)
+    in_fours = difference("binary", "roc_auc", truth, better, worse, clusters=hour // 4, confidence=0.95)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (in_fours.value, in_fours.low, in_fours.high), abs=1e-12
+    )
