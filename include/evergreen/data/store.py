@@ -347,7 +347,7 @@ class Store:
             yield
         except OSError as error:
             raise StoreError(
-                f"cannot {doing}: {error.strerror or error} (cache {self._settings.cache})",
+                f"cannot {doing}: {error}",
                 fix="make room on that disk or mend the path, then run again: nothing half-written was left",
             ) from error
 
