@@ -374,7 +374,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Predict from raw rows with a registered version, in a process of its own."""
-    from evergreen.stages import predict as predict_rows
+    from evergreen.stages.scoring import predict as predict_rows
 
     settings = Settings.from_env()
     version = _version(settings, model)

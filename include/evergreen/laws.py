@@ -21,6 +21,8 @@ from evergreen.evaluation import significance
 from evergreen.pack import NAME, Pack
 from evergreen.run import Ingested, Ref, Run, count
 from evergreen.settings import Settings
+from evergreen.stages.scoring import predictions_in
+from evergreen.stages.work import copy_python, job_spec, manifest_of
 from evergreen.training import jobs
 
 if TYPE_CHECKING:
@@ -163,7 +165,7 @@ def _sample(run: Run, ingested: Ingested) -> dict[str, pl.DataFrame]:
     import polars as pl
 
     data = run.pack.data
-    manifest = stages.manifest_of(Store(run.settings), ingested.manifest)
+    manifest = manifest_of(Store(run.settings), ingested.manifest)
     found = {}
     for name in ("train", "validation", "holdout"):
         window = getattr(ingested.windows, name)
@@ -181,11 +183,11 @@ def _sample(run: Run, ingested: Ingested) -> dict[str, pl.DataFrame]:
 
 def _train(run: Run, rows: dict[str, pl.DataFrame], attempt: str) -> tuple[jobs.JobResult, Ref]:
     pack = run.pack
-    spec = stages.job_spec(run, "train", f"check-{pack.name}-{attempt}", call=pack.training.call)
+    spec = job_spec(run, "train", f"check-{pack.name}-{attempt}", call=pack.training.call)
     spec = spec.model_copy(update={"gpus": 0, "timeout_s": 60.0})
 
     def fill(folder: Path) -> None:
-        stages.copy_python(pack, folder)
+        copy_python(pack, folder)
         for name in ("train", "validation"):
             (folder / name).mkdir()
             rows[name].write_parquet(folder / name / "rows.parquet")
@@ -196,7 +198,7 @@ def _train(run: Run, rows: dict[str, pl.DataFrame], attempt: str) -> tuple[jobs.
 
 
 def _score(run: Run, rows: pl.DataFrame, model: Ref) -> tuple[Any, jobs.JobResult]:
-    spec = stages.job_spec(run, "score", f"check-{run.pack.name}-score")
+    spec = job_spec(run, "score", f"check-{run.pack.name}-score")
 
     def fill(folder: Path) -> None:
         Store(run.settings).checkout(model, folder / "model")
@@ -205,4 +207,4 @@ def _score(run: Run, rows: pl.DataFrame, model: Ref) -> tuple[Any, jobs.JobResul
 
     handle = jobs.start(run.settings, spec, fill)
     result = jobs.wait(handle)
-    return stages.predictions_in(handle.folder / "output" / "predictions.parquet"), result
+    return predictions_in(handle.folder / "output" / "predictions.parquet"), result

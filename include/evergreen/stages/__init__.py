@@ -7,31 +7,23 @@ stage does not cover: waiting, retrying and scheduling are Airflow's; showing is
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from evergreen import database as db
-from evergreen.data import partitions, sources, validation
+from evergreen.data import validation
 from evergreen.data.store import Store
-from evergreen.errors import EvaluationError, RegistryError, SourceError, StageError, StaleDataError
-from evergreen.evaluation import gate, plots, significance, slices
-from evergreen.keys import code_hash, note, perform
-from evergreen.pack import TASK_METRICS, Pack, PythonSource
+from evergreen.errors import StageError
+from evergreen.evaluation import gate
+from evergreen.keys import code_hash, perform
+from evergreen.pack import Pack
 from evergreen.registry import lineage, promotion
 from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
-    Difference,
     Evaluated,
-    Evaluation,
     Ingested,
-    Manifest,
     PartitionFile,
     Promoted,
     Ref,
@@ -42,21 +34,17 @@ from evergreen.run import (
     Validated,
     Value,
     Verdict,
-    Window,
     Windows,
     count,
     digest,
     period_name,
-    step,
 )
 from evergreen.settings import Settings
+from evergreen.stages import reading, scoring
+from evergreen.stages.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
 from evergreen.training import jobs
 
-if TYPE_CHECKING:
-    import numpy as np
-    import polars as pl
-
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 def ingest(run: Run) -> Ingested:
@@ -66,22 +54,22 @@ def ingest(run: Run) -> Ingested:
     known from an earlier look at the same source are read again within `lookback` only.
     """
     pack, store = run.pack, Store(run.settings)
-    source = {"source": pack.source.model_dump(mode="json"), "data": _reading(pack), "code": pack.code_hash}
+    source = {"source": pack.source.model_dump(mode="json"), "data": reading.how(pack), "code": pack.code_hash}
     inputs = {"run": run.id, "as_of": run.as_of.isoformat(), "source": digest(source)}
 
     def act() -> Ingested:
         windows = Windows.ending(run.as_of, pack.data)
-        known = _known_manifest(run, inputs["source"], store)
-        manifest, late, unchanged = _observe(run, store, known, windows.whole)
+        known = reading.known_manifest(run, inputs["source"], store)
+        manifest, late, unchanged = reading.observe(run, store, known, windows.whole)
         note_text = None
-        until = _data_until(run, manifest)
+        until = reading.data_until(run, manifest)
         if until < run.as_of:
             # The source ends before as-of: the windows end where it ends, so they reach further back.
             windows = Windows.ending(until, pack.data)
-            manifest, late_before, unchanged = _observe(run, store, manifest, windows.whole)
+            manifest, late_before, unchanged = reading.observe(run, store, manifest, windows.whole)
             late = tuple(sorted({*late, *late_before}))
             note_text = f"the data ends at {until:%Y-%m-%d %H:%M}, before as-of {run.as_of:%Y-%m-%d %H:%M}"
-        _require_rows(run, manifest, windows)
+        reading.require_rows(run, manifest, windows)
         ref = store.put_json(manifest.model_dump(mode="json"))
         store.push([part.object for part in manifest.partitions] + [ref])
         return Ingested(
@@ -114,7 +102,7 @@ def validate(run: Run, ingested: Ingested) -> Validated:
 
     def act() -> Validated:
         manifest = manifest_of(store, ingested.manifest)
-        with _work(run) as folder:
+        with work_folder(run) as folder:
             outcome = validation.validate(pack, manifest, store, _known_records(run, suite, store), folder)
         if (error := outcome.error()) is not None:
             raise error
@@ -194,7 +182,7 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
     }
     code = _code("training/*.py", "training/runtimes/*.py", "runner.py", pack=pack)
     inputs = {"data": snapshot.hash, "windows": snapshot.windows.model_dump(mode="json")}
-    job_id = _job_id(run, "train", {**parameters, **inputs, "code": code_hash(code)})
+    job_id = job_id_of(run, "train", {**parameters, **inputs, "code": code_hash(code)})
     spec = job_spec(run, "train", job_id, call=pack.training.call)
 
     def fill(folder: Path) -> None:
@@ -203,7 +191,7 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
             _lay_out(store, manifest.within(window), folder / name)
 
     def act() -> Trained:
-        result = _finish_job(run, "train", spec, fill)
+        result = finish_job(run, "train", spec, fill)
         folder = run.settings.jobs / spec.id
         model = store.put(folder / "output" / "model")
         curve = store.put(folder / "progress.jsonl") if (folder / "progress.jsonl").exists() else None
@@ -252,17 +240,17 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
     if champion is not None and champion.model_hash == trained.model.hash:
         champion = None
     holdout = snapshot.windows.holdout
-    withheld = _withheld(registry, champion, holdout)
+    withheld = scoring.withheld_because(registry, champion, holdout)
 
     def act() -> Evaluated:
-        rows = _holdout_rows(store, manifest_of(store, snapshot.manifest), holdout)
+        rows = scoring.holdout_rows(store, manifest_of(store, snapshot.manifest), holdout)
         models = {"challenger": trained.model}
         if champion is not None and withheld is None:
-            models["champion"] = _model_of(champion)
-        with _work(run) as folder:
-            scored = _score(run, store, rows, models)
-            classes = _classes(run, store, snapshot)
-            return _compare(run, store, rows, scored, champion, trained, withheld, classes, folder)
+            models["champion"] = scoring.model_of(champion)
+        with work_folder(run) as folder:
+            scored = scoring.score(run, store, rows, models)
+            classes = scoring.classes_of(run, store, snapshot)
+            return scoring.compare(run, store, rows, scored, champion, trained, withheld, classes, folder)
 
     return perform(
         run,
@@ -322,7 +310,7 @@ def register(
             trained=trained,
             evaluated=evaluated,
         )
-        with _work(run) as folder:
+        with work_folder(run) as folder:
             store.checkout(trained.model, folder / "model")
             version, mlflow_run = registry.register(
                 pack.name,
@@ -434,120 +422,11 @@ def _code(*patterns: str, pack: Pack | None = None) -> tuple[Path, ...]:
     return tuple(sorted(files)) + (pack.python_files if pack else ())
 
 
-@contextmanager
-def _work(run: Run) -> Iterator[Path]:
-    """A folder for the length of a stage, on the disk of the jobs so that links work."""
-    run.settings.jobs.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"stage-{run.slug}-", dir=run.settings.jobs))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def manifest_of(store: Store, ref: Ref) -> Manifest:
-    """The manifest that `ref` is."""
-    return Manifest.model_validate(store.read_json(ref))
-
-
 def _with_partitions(store: Store, manifest: Ref) -> list[Ref]:
     """The manifest and every partition it names; the manifest alone when it cannot be read."""
     if not store.verify(manifest):
         return [manifest]
     return [manifest, *(part.object for part in manifest_of(store, manifest).partitions)]
-
-
-def _reading(pack: Pack) -> dict[str, Any]:
-    """What of `data` decides how rows become partitions."""
-    return {"event_time": pack.data.event_time, "target": pack.data.target, "partition": pack.data.partition}
-
-
-def _known_manifest(run: Run, source: str, store: Store) -> Manifest | None:
-    """What the newest earlier look at the same source saw, if that look's as-of was not after this one's."""
-    database = db.connect(run.settings.database_url)
-    for event in database.events(run.pack.name, kind="stage", newest_first=True):
-        parts = event.body["parts"]
-        if event.body["stage"] != "ingest" or parts["inputs"]["source"] != source:
-            continue
-        if datetime.fromisoformat(parts["inputs"]["as_of"]) <= run.as_of and not run.force:
-            ref = Ref.model_validate(event.body["value"]["manifest"])
-            if store.verify(ref):
-                return manifest_of(store, ref)
-    return None
-
-
-def _observe(
-    run: Run, store: Store, known: Manifest | None, window: Window
-) -> tuple[Manifest, tuple[datetime, ...], int]:
-    """Read what is not known of `window`, and what may have late rows; → manifest, late periods, partitions unchanged."""
-    data = run.pack.data
-    to_read = partitions.to_read(known, window, data.partition, data.lookback)
-    written: list[PartitionFile] = []
-    columns: dict[str, str] = {}
-    with _work(run) as folder:
-        for index, part in enumerate(to_read):
-            out = folder / f"partitions-{index}"
-            read = partitions.write(
-                _frames(run, part),
-                window=part,
-                partition=data.partition,
-                event_time=data.event_time,
-                target=data.target,
-                folder=out,
-                origin=f"pack {run.pack.name}: source {run.pack.source.kind}",
-            )
-            columns = columns or read.columns
-            written += [
-                PartitionFile(period=file.period, rows=file.rows, identity=file.identity, object=store.put(file.path))
-                for file in read.files
-            ]
-    return partitions.merge(
-        known, written, columns, to_read, window, dataset=run.pack.dataset, partition=data.partition
-    )
-
-
-def _frames(run: Run, window: Window) -> Iterator[pl.DataFrame]:
-    """The source's rows within `window`; a Python source is read by a job of its own."""
-    pack = run.pack
-    if not isinstance(pack.source, PythonSource):
-        yield from sources.open_source(pack.source, pack.folder).read(window, pack.data.event_time)
-        return
-    job_id = _job_id(run, "read", {"run": run.id, "window": window.model_dump(mode="json"), "code": pack.code_hash})
-    spec = job_spec(run, "read", job_id, call=pack.source.call, window=window)
-    _finish_job(run, "ingest", spec, lambda folder: copy_python(pack, folder))
-    yield from sources.frames(run.settings.jobs / spec.id / "output" / "frames")
-    jobs.discard(run.settings, spec.id)
-
-
-def _data_until(run: Run, manifest: Manifest) -> datetime:
-    """The end of the last period with rows. Raises when there is none, or when it is too old."""
-    pack = run.pack
-    if not manifest.partitions:
-        window = Windows.ending(run.as_of, pack.data).whole
-        raise SourceError(
-            f"pack {pack.name}: the source has no rows in {window}, the window before as-of",
-            fix="check source and event_time in pack.yaml, or give another --as-of",
-        )
-    until = step(manifest.partitions[-1].period, pack.data.partition)
-    if run.as_of - until > pack.data.max_staleness:
-        age = run.as_of - until
-        raise StaleDataError(
-            f"pack {pack.name}: the newest data ends at {until:%Y-%m-%d %H:%M}, {age.days} days before as-of "
-            f"{run.as_of:%Y-%m-%d %H:%M}; data.max_staleness is {pack.data.max_staleness.days} days",
-            fix="bring newer data, give an earlier --as-of, or raise data.max_staleness in pack.yaml",
-        )
-    return min(until, run.as_of)
-
-
-def _require_rows(run: Run, manifest: Manifest, windows: Windows) -> None:
-    for name in ("train", "validation", "holdout"):
-        window: Window = getattr(windows, name)
-        if not manifest.within(window):
-            raise SourceError(
-                f"pack {run.pack.name}: the {name} window {window} is empty; the source has rows in "
-                f"{count(len(manifest.partitions), 'partition')}, the first at {manifest.partitions[0].period:%Y-%m-%d}",
-                fix=f"give a later --as-of, or shorten data.{name} or data.train in pack.yaml",
-            )
 
 
 def _known_records(run: Run, suite: str, store: Store) -> dict[str, Any]:
@@ -562,218 +441,14 @@ def _known_records(run: Run, suite: str, store: Store) -> dict[str, Any]:
     return {}
 
 
-def _job_id(run: Run, kind: str, parts: dict[str, Any]) -> str:
-    """A job's id follows from what it does, so that a retry finds it. A forced run's jobs are its own."""
-    own = {"force": run.id} if run.force else {}
-    return f"{kind}-{run.pack.name}-{digest({**parts, **own})[:16]}"
-
-
-def job_spec(run: Run, kind: Literal["read", "train", "score"], job_id: str, **more: Any) -> jobs.JobSpec:
-    """What a job of this run's pack is told."""
-    pack = run.pack
-    return jobs.JobSpec(
-        id=job_id,
-        kind=kind,
-        pack=pack.name,
-        target=pack.data.target,
-        event_time=pack.data.event_time,
-        task=pack.data.task,
-        params=pack.training.params,
-        seed=pack.training.seed,
-        gpus=pack.training.gpus,
-        timeout_s=pack.training.timeout.total_seconds(),
-        **more,
-    )
-
-
-def copy_python(pack: Pack, folder: Path) -> None:
-    """The pack's Python, for a job to import."""
-    target = folder / "pack"
-    target.mkdir(parents=True)
-    for file in pack.python_files:
-        shutil.copyfile(file, target / file.name)
-
-
 def _lay_out(store: Store, parts: Iterable[PartitionFile], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
         store.checkout(part.object, folder / f"{part.period:%Y%m%dT%H}.parquet")
 
 
-def _finish_job(run: Run, stage: str, spec: jobs.JobSpec, fill: Callable[[Path], None]) -> jobs.JobResult:
-    """Start or adopt the job, wait for it, and tell how it gets on."""
-
-    def tell(progress: jobs.Progress) -> None:
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(progress.metrics.items())[:4])
-        left = f"  {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
-        note(
-            run, stage, "progress", f"step {progress.step} of {progress.of}  {shown}{left}", fraction=progress.fraction
-        )
-
-    return jobs.wait(jobs.start(run.settings, spec, fill), tell)
-
-
-def _withheld(registry: Registry, champion: ModelVersion | None, holdout: Window) -> str | None:
-    """Why the champion's figures would not be honest: law 5, no model is scored on rows it has seen."""
-    if champion is None:
-        return None
-    windows = Windows.model_validate(registry.lineage(champion.name, champion.version)["windows"])
-    seen = Window(start=windows.train.start, end=windows.validation.end)
-    if not seen.overlaps(holdout):
-        return None
-    return f"version {champion.version} was made with rows of {seen}, which overlaps the hold-out {holdout}"
-
-
-def _model_of(champion: ModelVersion) -> Ref:
-    """The champion's model folder in the store."""
-    if champion.model_hash is None:
-        raise RegistryError(
-            f"{champion.name} version {champion.version} is champion, and Evergreen did not make it",
-            fix="put the alias champion back on a version that `evergreen runs` lists",
-        )
-    return Ref(hash=champion.model_hash, size=0)
-
-
 def _as_of(champion: ModelVersion) -> datetime:
     return datetime.fromisoformat(champion.tags["evergreen.as_of"])
-
-
-def _holdout_rows(store: Store, manifest: Manifest, holdout: Window) -> list[tuple[PartitionFile, pl.DataFrame]]:
-    import polars as pl
-
-    return [(part, pl.read_parquet(store.path(part.object))) for part in manifest.within(holdout)]
-
-
-def _score(
-    run: Run, store: Store, rows: list[tuple[PartitionFile, pl.DataFrame]], models: dict[str, Ref]
-) -> dict[str, tuple[Ref, np.ndarray, jobs.JobResult]]:
-    """Predictions of each model on the same rows without the target: one job each, side by side."""
-    pack = run.pack
-    handles = {}
-
-    def fill_with(model: Ref) -> Callable[[Path], None]:
-        def fill(folder: Path) -> None:
-            store.checkout(model, folder / "model")
-            (folder / "rows").mkdir(parents=True)
-            for part, frame in rows:
-                frame.drop(pack.data.target).write_parquet(folder / "rows" / f"{part.period:%Y%m%dT%H}.parquet")
-
-        return fill
-
-    for name, model in models.items():
-        parts = {"model": model.hash, "rows": [part.object.hash for part, _ in rows], "run": run.id}
-        spec = job_spec(run, "score", _job_id(run, "score", parts))
-        handles[name] = jobs.start(run.settings, spec, fill_with(model))
-    scored = {}
-    for name, handle in handles.items():
-        result = jobs.wait(handle)
-        file = handle.output / "predictions.parquet"
-        ref = store.put(file)
-        scored[name] = (ref, predictions_in(file), result)
-    store.push([ref for ref, _, _ in scored.values()])
-    for handle in handles.values():
-        jobs.discard(run.settings, handle.spec.id)
-    return scored
-
-
-def _classes(run: Run, store: Store, snapshot: Snapshot) -> list[Any] | None:
-    """The classes of a multiclass target, sorted: those of the training window, in the order of the predictions."""
-    import polars as pl
-
-    data = run.pack.data
-    if data.task != "multiclass":
-        return None
-    parts = manifest_of(store, snapshot.manifest).within(snapshot.windows.train)
-    seen = pl.concat([pl.read_parquet(store.path(part.object), columns=[data.target]) for part in parts])
-    return sorted(seen[data.target].unique().to_list())
-
-
-def predictions_in(file: Path) -> np.ndarray:
-    """(n,) of one `prediction` column, or (n, k) of `prediction_0` … `prediction_k-1`."""
-    import polars as pl
-
-    frame = pl.read_parquet(file)
-    return frame.to_numpy()[:, 0] if frame.width == 1 else frame.to_numpy()
-
-
-def _compare(
-    run: Run,
-    store: Store,
-    rows: list[tuple[PartitionFile, pl.DataFrame]],
-    scored: dict[str, tuple[Ref, np.ndarray, jobs.JobResult]],
-    champion: ModelVersion | None,
-    trained: Trained,
-    withheld: str | None,
-    classes: list[Any] | None,
-    folder: Path,
-) -> Evaluated:
-    """Figures, slices and differences from predictions that are there already."""
-    import numpy as np
-    import polars as pl
-
-    pack = run.pack
-    task = pack.data.task
-    table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
-    clusters = np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows])
-    truth = table[pack.data.target].to_numpy()
-    how: dict[str, Any] = {"clusters": clusters, "confidence": pack.gate.primary.confidence, "classes": classes}
-    for rule in pack.gate.slices:
-        if rule.by not in table.columns:
-            raise EvaluationError(
-                f"pack {pack.name}: gate.slices: there is no column {rule.by!r} in the hold-out rows",
-                fix=f"name one of: {', '.join(table.columns[:12])}",
-            )
-    groups = {rule.by: table[rule.by].cast(pl.String).fill_null("(missing)").to_numpy() for rule in pack.gate.slices}
-
-    def evaluation(name: str, model: str, version: int | None, size: int) -> Evaluation:
-        ref, predicted, result = scored[name]
-        return Evaluation(
-            model=model,
-            version=version,
-            rows=table.height,
-            metrics=significance.intervals(task, truth, predicted, **how),
-            slices=slices.estimates(pack.gate, task, truth, predicted, columns=groups, **how),
-            latency_p95_ms=result.metrics.get("latency_p95_ms"),
-            size_bytes=size,
-            predictions=ref,
-        )
-
-    challenger = evaluation("challenger", trained.model.hash, None, trained.model.size)
-    incumbent = None
-    differences: tuple[Any, ...] = ()
-    if champion is not None and withheld is not None:
-        incumbent = Evaluation(
-            model=_model_of(champion).hash, version=champion.version, rows=table.height, size_bytes=0, withheld=withheld
-        )
-    elif champion is not None:
-        model = _model_of(champion)
-        size = sum(ref.size for ref in store.listing(model).values())
-        incumbent = evaluation("champion", model.hash, champion.version, size)
-        pair = (scored["challenger"][1], scored["champion"][1])
-        differences = (
-            *(
-                Difference(
-                    metric=metric,
-                    rows=table.height,
-                    estimate=significance.difference(task, metric, truth, *pair, **how),
-                )
-                for metric in TASK_METRICS[task]
-            ),
-            *slices.differences(pack.gate, task, truth, *pair, columns=groups, **how),
-        )
-    drawn = folder / "plots"
-    drawn.mkdir()
-    plots.draw(task, truth, {name: predicted for name, (_, predicted, _) in scored.items()}, drawn)
-    figures = store.put(drawn)
-    store.push([figures])
-    return Evaluated(
-        challenger=challenger,
-        champion=incumbent,
-        differences=differences,
-        confidence=pack.gate.primary.confidence,
-        holdout=Window(start=rows[0][0].period, end=step(rows[-1][0].period, pack.data.partition)),
-        plots=figures,
-    )
 
 
 def _artifacts(
@@ -804,56 +479,6 @@ def _example(store: Store, snapshot: Snapshot, trained: Trained) -> Any:
 
     first = manifest_of(store, snapshot.manifest).partitions[0]
     return pl.read_parquet(store.path(first.object)).head(5).select(list(trained.inputs)).to_pandas()
-
-
-def predict(settings: Settings, version: ModelVersion, file: Path) -> pl.DataFrame:
-    """Predictions of a registered version for the raw rows of `file`, Parquet or CSV, by a job; columns as a job's.
-
-    Raises EvaluationError when the file or its columns are not what the model takes.
-    """
-    import polars as pl
-
-    try:
-        rows = (
-            pl.read_csv(file, infer_schema_length=None, try_parse_dates=True, null_values=["", "NA"])
-            if file.suffix == ".csv"
-            else pl.read_parquet(file)
-        )
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise EvaluationError(
-            f"{file} cannot be read: {error}", fix="give a Parquet file, or a .csv with a header"
-        ) from error
-    registry = Registry(settings)
-    with tempfile.TemporaryDirectory(prefix="evergreen-predict-") as folder:
-        model = registry.folder(version.name, version.version, Path(folder) / "model")
-        described = json.loads((model / "model.json").read_text(encoding="utf-8"))
-        missing = sorted(set(described["inputs"]) - set(rows.columns))
-        if missing:
-            raise EvaluationError(
-                f"{file} lacks {count(len(missing), 'column')} that {version.name} takes: {', '.join(missing[:5])}",
-                fix=f"it takes: {', '.join(described['inputs'])}",
-            )
-        spec = jobs.JobSpec(
-            id=f"predict-{version.name}-{digest([str(file), version.version, os.getpid(), time.time_ns()])[:16]}",
-            kind="score",
-            pack=version.name,
-            target="",
-            event_time="",
-            task=described["task"],
-            timeout_s=3600.0,
-        )
-
-        def fill(target: Path) -> None:
-            shutil.copytree(model, target / "model")
-            (target / "rows").mkdir()
-            rows.write_parquet(target / "rows" / "rows.parquet")
-
-        handle = jobs.start(settings, spec, fill)
-        try:
-            jobs.wait(handle)
-            return pl.read_parquet(handle.output / "predictions.parquet")
-        finally:
-            jobs.discard(settings, spec.id)
 
 
 def build_docs(settings: Settings, pack: Pack, folder: Path) -> Path:

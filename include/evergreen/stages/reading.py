@@ -1,0 +1,112 @@
+"""How `ingest` looks at a source: what it reads again, and when there is too little or too old data to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from evergreen import database as db
+from evergreen.data import partitions, sources
+from evergreen.data.store import Store
+from evergreen.errors import SourceError, StaleDataError
+from evergreen.pack import Pack, PythonSource
+from evergreen.run import Manifest, PartitionFile, Ref, Run, Window, Windows, count, step
+from evergreen.stages.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
+from evergreen.training import jobs
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def how(pack: Pack) -> dict[str, Any]:
+    """What of `data` decides how rows become partitions."""
+    return {"event_time": pack.data.event_time, "target": pack.data.target, "partition": pack.data.partition}
+
+
+def known_manifest(run: Run, source: str, store: Store) -> Manifest | None:
+    """What the newest earlier look at the same source saw, if that look's as-of was not after this one's."""
+    database = db.connect(run.settings.database_url)
+    for event in database.events(run.pack.name, kind="stage", newest_first=True):
+        parts = event.body["parts"]
+        if event.body["stage"] != "ingest" or parts["inputs"]["source"] != source:
+            continue
+        if datetime.fromisoformat(parts["inputs"]["as_of"]) <= run.as_of and not run.force:
+            ref = Ref.model_validate(event.body["value"]["manifest"])
+            if store.verify(ref):
+                return manifest_of(store, ref)
+    return None
+
+
+def observe(
+    run: Run, store: Store, known: Manifest | None, window: Window
+) -> tuple[Manifest, tuple[datetime, ...], int]:
+    """Read what is not known of `window`, and what may have late rows; → manifest, late periods, partitions unchanged."""
+    data = run.pack.data
+    to_read = partitions.to_read(known, window, data.partition, data.lookback)
+    written: list[PartitionFile] = []
+    columns: dict[str, str] = {}
+    with work_folder(run) as folder:
+        for index, part in enumerate(to_read):
+            out = folder / f"partitions-{index}"
+            read = partitions.write(
+                frames(run, part),
+                window=part,
+                partition=data.partition,
+                event_time=data.event_time,
+                target=data.target,
+                folder=out,
+                origin=f"pack {run.pack.name}: source {run.pack.source.kind}",
+            )
+            columns = columns or read.columns
+            written += [
+                PartitionFile(period=file.period, rows=file.rows, identity=file.identity, object=store.put(file.path))
+                for file in read.files
+            ]
+    return partitions.merge(
+        known, written, columns, to_read, window, dataset=run.pack.dataset, partition=data.partition
+    )
+
+
+def frames(run: Run, window: Window) -> Iterator[pl.DataFrame]:
+    """The source's rows within `window`; a Python source is read by a job of its own."""
+    pack = run.pack
+    if not isinstance(pack.source, PythonSource):
+        yield from sources.open_source(pack.source, pack.folder).read(window, pack.data.event_time)
+        return
+    job_id = job_id_of(run, "read", {"run": run.id, "window": window.model_dump(mode="json"), "code": pack.code_hash})
+    spec = job_spec(run, "read", job_id, call=pack.source.call, window=window)
+    finish_job(run, "ingest", spec, lambda folder: copy_python(pack, folder))
+    yield from sources.frames(run.settings.jobs / spec.id / "output" / "frames")
+    jobs.discard(run.settings, spec.id)
+
+
+def data_until(run: Run, manifest: Manifest) -> datetime:
+    """The end of the last period with rows. Raises when there is none, or when it is too old."""
+    pack = run.pack
+    if not manifest.partitions:
+        window = Windows.ending(run.as_of, pack.data).whole
+        raise SourceError(
+            f"pack {pack.name}: the source has no rows in {window}, the window before as-of",
+            fix="check source and event_time in pack.yaml, or give another --as-of",
+        )
+    until = step(manifest.partitions[-1].period, pack.data.partition)
+    if run.as_of - until > pack.data.max_staleness:
+        age = run.as_of - until
+        raise StaleDataError(
+            f"pack {pack.name}: the newest data ends at {until:%Y-%m-%d %H:%M}, {age.days} days before as-of "
+            f"{run.as_of:%Y-%m-%d %H:%M}; data.max_staleness is {pack.data.max_staleness.days} days",
+            fix="bring newer data, give an earlier --as-of, or raise data.max_staleness in pack.yaml",
+        )
+    return min(until, run.as_of)
+
+
+def require_rows(run: Run, manifest: Manifest, windows: Windows) -> None:
+    for name in ("train", "validation", "holdout"):
+        window: Window = getattr(windows, name)
+        if not manifest.within(window):
+            raise SourceError(
+                f"pack {run.pack.name}: the {name} window {window} is empty; the source has rows in "
+                f"{count(len(manifest.partitions), 'partition')}, the first at {manifest.partitions[0].period:%Y-%m-%d}",
+                fix=f"give a later --as-of, or shorten data.{name} or data.train in pack.yaml",
+            )

@@ -1,0 +1,250 @@
+"""How `evaluate` scores two models on the same rows through their own folders, and compares them; and `predict`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evergreen.data.store import Store
+from evergreen.errors import EvaluationError, RegistryError
+from evergreen.evaluation import plots, significance, slices
+from evergreen.pack import TASK_METRICS
+from evergreen.registry.models import ModelVersion, Registry
+from evergreen.run import (
+    Difference,
+    Evaluated,
+    Evaluation,
+    Manifest,
+    PartitionFile,
+    Ref,
+    Run,
+    Snapshot,
+    Trained,
+    Window,
+    Windows,
+    count,
+    digest,
+    step,
+)
+from evergreen.settings import Settings
+from evergreen.stages.work import job_id_of, job_spec, manifest_of
+from evergreen.training import jobs
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+
+
+def withheld_because(registry: Registry, champion: ModelVersion | None, holdout: Window) -> str | None:
+    """Why the champion's figures would not be honest: law 5, no model is scored on rows it has seen."""
+    if champion is None:
+        return None
+    windows = Windows.model_validate(registry.lineage(champion.name, champion.version)["windows"])
+    seen = Window(start=windows.train.start, end=windows.validation.end)
+    if not seen.overlaps(holdout):
+        return None
+    return f"version {champion.version} was made with rows of {seen}, which overlaps the hold-out {holdout}"
+
+
+def model_of(champion: ModelVersion) -> Ref:
+    """The champion's model folder in the store."""
+    if champion.model_hash is None:
+        raise RegistryError(
+            f"{champion.name} version {champion.version} is champion, and Evergreen did not make it",
+            fix="put the alias champion back on a version that `evergreen runs` lists",
+        )
+    return Ref(hash=champion.model_hash, size=0)
+
+
+def holdout_rows(store: Store, manifest: Manifest, holdout: Window) -> list[tuple[PartitionFile, pl.DataFrame]]:
+    import polars as pl
+
+    return [(part, pl.read_parquet(store.path(part.object))) for part in manifest.within(holdout)]
+
+
+def score(
+    run: Run, store: Store, rows: list[tuple[PartitionFile, pl.DataFrame]], models: dict[str, Ref]
+) -> dict[str, tuple[Ref, np.ndarray, jobs.JobResult]]:
+    """Predictions of each model on the same rows without the target: one job each, side by side."""
+    pack = run.pack
+    handles = {}
+
+    def fill_with(model: Ref) -> Callable[[Path], None]:
+        def fill(folder: Path) -> None:
+            store.checkout(model, folder / "model")
+            (folder / "rows").mkdir(parents=True)
+            for part, frame in rows:
+                frame.drop(pack.data.target).write_parquet(folder / "rows" / f"{part.period:%Y%m%dT%H}.parquet")
+
+        return fill
+
+    for name, model in models.items():
+        parts = {"model": model.hash, "rows": [part.object.hash for part, _ in rows], "run": run.id}
+        spec = job_spec(run, "score", job_id_of(run, "score", parts))
+        handles[name] = jobs.start(run.settings, spec, fill_with(model))
+    scored = {}
+    for name, handle in handles.items():
+        result = jobs.wait(handle)
+        file = handle.output / "predictions.parquet"
+        ref = store.put(file)
+        scored[name] = (ref, predictions_in(file), result)
+    store.push([ref for ref, _, _ in scored.values()])
+    for handle in handles.values():
+        jobs.discard(run.settings, handle.spec.id)
+    return scored
+
+
+def classes_of(run: Run, store: Store, snapshot: Snapshot) -> list[Any] | None:
+    """The classes of a multiclass target, sorted: those of the training window, in the order of the predictions."""
+    import polars as pl
+
+    data = run.pack.data
+    if data.task != "multiclass":
+        return None
+    parts = manifest_of(store, snapshot.manifest).within(snapshot.windows.train)
+    seen = pl.concat([pl.read_parquet(store.path(part.object), columns=[data.target]) for part in parts])
+    return sorted(seen[data.target].unique().to_list())
+
+
+def predictions_in(file: Path) -> np.ndarray:
+    """(n,) of one `prediction` column, or (n, k) of `prediction_0` … `prediction_k-1`."""
+    import polars as pl
+
+    frame = pl.read_parquet(file)
+    return frame.to_numpy()[:, 0] if frame.width == 1 else frame.to_numpy()
+
+
+def compare(
+    run: Run,
+    store: Store,
+    rows: list[tuple[PartitionFile, pl.DataFrame]],
+    scored: dict[str, tuple[Ref, np.ndarray, jobs.JobResult]],
+    champion: ModelVersion | None,
+    trained: Trained,
+    withheld: str | None,
+    classes: list[Any] | None,
+    folder: Path,
+) -> Evaluated:
+    """Figures, slices and differences from predictions that are there already."""
+    import numpy as np
+    import polars as pl
+
+    pack = run.pack
+    task = pack.data.task
+    table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
+    clusters = np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows])
+    truth = table[pack.data.target].to_numpy()
+    how: dict[str, Any] = {"clusters": clusters, "confidence": pack.gate.primary.confidence, "classes": classes}
+    for rule in pack.gate.slices:
+        if rule.by not in table.columns:
+            raise EvaluationError(
+                f"pack {pack.name}: gate.slices: there is no column {rule.by!r} in the hold-out rows",
+                fix=f"name one of: {', '.join(table.columns[:12])}",
+            )
+    groups = {rule.by: table[rule.by].cast(pl.String).fill_null("(missing)").to_numpy() for rule in pack.gate.slices}
+
+    def evaluation(name: str, model: str, version: int | None, size: int) -> Evaluation:
+        ref, predicted, result = scored[name]
+        return Evaluation(
+            model=model,
+            version=version,
+            rows=table.height,
+            metrics=significance.intervals(task, truth, predicted, **how),
+            slices=slices.estimates(pack.gate, task, truth, predicted, columns=groups, **how),
+            latency_p95_ms=result.metrics.get("latency_p95_ms"),
+            size_bytes=size,
+            predictions=ref,
+        )
+
+    challenger = evaluation("challenger", trained.model.hash, None, trained.model.size)
+    incumbent = None
+    differences: tuple[Any, ...] = ()
+    if champion is not None and withheld is not None:
+        incumbent = Evaluation(
+            model=model_of(champion).hash, version=champion.version, rows=table.height, size_bytes=0, withheld=withheld
+        )
+    elif champion is not None:
+        model = model_of(champion)
+        size = sum(ref.size for ref in store.listing(model).values())
+        incumbent = evaluation("champion", model.hash, champion.version, size)
+        pair = (scored["challenger"][1], scored["champion"][1])
+        differences = (
+            *(
+                Difference(
+                    metric=metric,
+                    rows=table.height,
+                    estimate=significance.difference(task, metric, truth, *pair, **how),
+                )
+                for metric in TASK_METRICS[task]
+            ),
+            *slices.differences(pack.gate, task, truth, *pair, columns=groups, **how),
+        )
+    drawn = folder / "plots"
+    drawn.mkdir()
+    plots.draw(task, truth, {name: predicted for name, (_, predicted, _) in scored.items()}, drawn)
+    figures = store.put(drawn)
+    store.push([figures])
+    return Evaluated(
+        challenger=challenger,
+        champion=incumbent,
+        differences=differences,
+        confidence=pack.gate.primary.confidence,
+        holdout=Window(start=rows[0][0].period, end=step(rows[-1][0].period, pack.data.partition)),
+        plots=figures,
+    )
+
+
+def predict(settings: Settings, version: ModelVersion, file: Path) -> pl.DataFrame:
+    """Predictions of a registered version for the raw rows of `file`, Parquet or CSV, by a job; columns as a job's.
+
+    Raises EvaluationError when the file or its columns are not what the model takes.
+    """
+    import polars as pl
+
+    try:
+        rows = (
+            pl.read_csv(file, infer_schema_length=None, try_parse_dates=True, null_values=["", "NA"])
+            if file.suffix == ".csv"
+            else pl.read_parquet(file)
+        )
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise EvaluationError(
+            f"{file} cannot be read: {error}", fix="give a Parquet file, or a .csv with a header"
+        ) from error
+    registry = Registry(settings)
+    with tempfile.TemporaryDirectory(prefix="evergreen-predict-") as folder:
+        model = registry.folder(version.name, version.version, Path(folder) / "model")
+        described = json.loads((model / "model.json").read_text(encoding="utf-8"))
+        missing = sorted(set(described["inputs"]) - set(rows.columns))
+        if missing:
+            raise EvaluationError(
+                f"{file} lacks {count(len(missing), 'column')} that {version.name} takes: {', '.join(missing[:5])}",
+                fix=f"it takes: {', '.join(described['inputs'])}",
+            )
+        spec = jobs.JobSpec(
+            id=f"predict-{version.name}-{digest([str(file), version.version, os.getpid(), time.time_ns()])[:16]}",
+            kind="score",
+            pack=version.name,
+            target="",
+            event_time="",
+            task=described["task"],
+            timeout_s=3600.0,
+        )
+
+        def fill(target: Path) -> None:
+            shutil.copytree(model, target / "model")
+            (target / "rows").mkdir()
+            rows.write_parquet(target / "rows" / "rows.parquet")
+
+        handle = jobs.start(settings, spec, fill)
+        try:
+            jobs.wait(handle)
+            return pl.read_parquet(handle.output / "predictions.parquet")
+        finally:
+            jobs.discard(settings, spec.id)

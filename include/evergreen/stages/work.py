@@ -1,0 +1,77 @@
+"""What stages share: folders to work in, and jobs of the run's pack."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from evergreen.data.store import Store
+from evergreen.keys import note
+from evergreen.pack import Pack
+from evergreen.run import Manifest, Ref, Run, digest
+from evergreen.training import jobs
+
+
+@contextmanager
+def work_folder(run: Run) -> Iterator[Path]:
+    """A folder for the length of a stage, on the disk of the jobs so that links work."""
+    run.settings.jobs.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"stage-{run.slug}-", dir=run.settings.jobs))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def manifest_of(store: Store, ref: Ref) -> Manifest:
+    """The manifest that `ref` is."""
+    return Manifest.model_validate(store.read_json(ref))
+
+
+def job_id_of(run: Run, kind: str, parts: dict[str, Any]) -> str:
+    """A job's id follows from what it does, so that a retry finds it. A forced run's jobs are its own."""
+    own = {"force": run.id} if run.force else {}
+    return f"{kind}-{run.pack.name}-{digest({**parts, **own})[:16]}"
+
+
+def job_spec(run: Run, kind: Literal["read", "train", "score"], job_id: str, **more: Any) -> jobs.JobSpec:
+    """What a job of this run's pack is told."""
+    pack = run.pack
+    return jobs.JobSpec(
+        id=job_id,
+        kind=kind,
+        pack=pack.name,
+        target=pack.data.target,
+        event_time=pack.data.event_time,
+        task=pack.data.task,
+        params=pack.training.params,
+        seed=pack.training.seed,
+        gpus=pack.training.gpus,
+        timeout_s=pack.training.timeout.total_seconds(),
+        **more,
+    )
+
+
+def copy_python(pack: Pack, folder: Path) -> None:
+    """The pack's Python, for a job to import."""
+    target = folder / "pack"
+    target.mkdir(parents=True)
+    for file in pack.python_files:
+        shutil.copyfile(file, target / file.name)
+
+
+def finish_job(run: Run, stage: str, spec: jobs.JobSpec, fill: Callable[[Path], None]) -> jobs.JobResult:
+    """Start or adopt the job, wait for it, and tell how it gets on."""
+
+    def tell(progress: jobs.Progress) -> None:
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(progress.metrics.items())[:4])
+        left = f"  {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
+        note(
+            run, stage, "progress", f"step {progress.step} of {progress.of}  {shown}{left}", fraction=progress.fraction
+        )
+
+    return jobs.wait(jobs.start(run.settings, spec, fill), tell)
