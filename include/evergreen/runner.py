@@ -171,7 +171,7 @@ def score(folder: Path, spec: JobSpec) -> dict[str, Any]:
     files = sorted((folder / "input" / "rows").glob("*.parquet"))
     tables = [pq.read_table(file, partitioning=None) for file in files]
     frame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
-    values = _checked(model.predict(frame), len(frame), spec)
+    values = checked_predictions(model.predict(frame), len(frame), spec)
     columns = (
         {"prediction": values}
         if values.ndim == 1
@@ -181,7 +181,7 @@ def score(folder: Path, spec: JobSpec) -> dict[str, Any]:
     return {"metrics": {"rows": len(frame), **_latency_ms(model, frame)}}
 
 
-def _checked(predictions: Any, rows: int, spec: JobSpec) -> np.ndarray[Any, np.dtype[np.float64]]:
+def checked_predictions(predictions: Any, rows: int, spec: JobSpec) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Predictions as floats of shape (rows,), or (rows, k) for classes; EvaluationError where they are not."""
     import numpy as np
 
@@ -287,9 +287,9 @@ def _unpickles(file: Path) -> bool:
         if head[:1] != b"\x80" or not 2 <= head[-1] <= 5:
             return False
         stream.seek(0)
-        try:  # a safetensors file may begin with the same two bytes, and then holds no opcodes
-            operations = pickletools.genops(stream)
-            return all(next(operations, None) is not None for _ in range(2))
+        try:  # a safetensors file may begin with the same two bytes, but not with three instructions
+            instructions = pickletools.genops(stream)
+            return all(next(instructions, None) is not None for _ in range(3))
         except ValueError:
             return False
 

@@ -51,7 +51,7 @@ SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 def launch(folder: Path) -> None:
     """Start `evergreen.runner` on the folder. Raises JobError when a process that is not known holds the folder."""
     with (folder / "lock").open("a") as lock, (folder / "log.txt").open("ab") as log:
-        if not _until(lambda: _lock(lock), timeout_s=1.0):
+        if not _until(lambda: _lock(lock), timeout_s=0.2):
             raise JobError(
                 f"{folder / 'lock'} is held by a process that pid.json does not name",
                 fix=f"find it with `fuser {folder / 'lock'}` and end it, then run again",
@@ -115,9 +115,9 @@ def stop(folder: Path, grace_s: float = 5.0) -> None:
 
 
 def record(folder: Path, pid: int) -> None:
-    """Write `pid.json`: the job in this folder is the process `pid`."""
+    """Write `pid.json`, unless it says so already: the job in this folder is the process `pid`."""
     found = _stat(pid)
-    if found is not None:
+    if found is not None and _pid(folder) != pid:
         content = {"pid": pid, "started": found[0], "at": time.time()}
         write_whole(folder / "pid.json", json.dumps(content).encode())
 

@@ -1,0 +1,293 @@
+"""What a training function is handed, and how jobs are started, found, waited for and removed."""
+
+import json
+
+import polars as pl
+import pytest
+from evergreen.errors import JobError, SourceError, TrainingError
+from evergreen.pack import parse_instant
+from evergreen.run import Window
+from evergreen.settings import Settings
+from evergreen.training import jobs
+from evergreen.training.checkpoints import FolderCheckpoint
+from evergreen.training.jobs import Handle, Job, JobSpec, TrainingData
+
+WINDOW = Window(start=parse_instant("2013-01-01"), end=parse_instant("2013-01-02"))
+FRAME = pl.DataFrame({"x": [1.0, 2.0], "n": [1, 2], "s": ["a", "b"], "y": [True, False]}).with_columns(
+    day=pl.lit(WINDOW.start)
+)
+READ = "import pyarrow\ndef read(window):\n    yield pyarrow.table({'a': [1, 2]})\n"
+
+
+@pytest.fixture
+def settings(tmp_path):
+    settings = Settings.from_env({"EVERGREEN_HOME": str(tmp_path)})
+    yield settings
+    jobs.discard(settings, "abc")
+
+
+@pytest.fixture
+def job(tmp_path):
+    (tmp_path / "input" / "train").mkdir(parents=True)
+    FRAME.write_parquet(tmp_path / "input" / "train" / "0.parquet")
+    return Job(
+        params={},
+        seed=7,
+        device="cpu",
+        model_dir=tmp_path / "model",
+        checkpoint=FolderCheckpoint(tmp_path / "checkpoint"),
+        folder=tmp_path,
+    )
+
+
+def spec(**changes):
+    base = JobSpec(
+        id="abc",
+        kind="read",
+        pack="demo",
+        call="model:read",
+        target="y",
+        event_time="day",
+        task="binary",
+        timeout_s=60,
+        window=WINDOW,
+    )
+    return base.model_copy(update=changes)
+
+
+def filling(source):
+    def fill(folder):
+        (folder / "pack").mkdir()
+        (folder / "pack" / "model.py").write_text(source)
+
+    return fill
+
+
+def run(settings, source=READ, **changes):
+    return jobs.wait(jobs.start(settings, spec(**changes), filling(source)))
+
+
+def steps(job):
+    return [json.loads(line)["step"] for line in (job.folder / "progress.jsonl").read_text().splitlines()]
+
+
+def test_every_epoch_is_kept(job):
+    """However quick the steps, each is a line of the training curve when there are at most a thousand."""
+    for step in range(1, 51):
+        job.progress(step, 50, loss=1 / step)
+    assert steps(job) == list(range(1, 51))
+
+
+def test_reports_for_every_batch_do_not_fill_the_disk(job):
+    """Of twenty thousand quick reports about a thousand are written, the first and the last among them."""
+    for step in range(1, 20_001):
+        job.progress(step, 20_000, loss=1.0)
+    written = steps(job)
+    assert len(written) < 1200
+    assert (written[0], written[-1]) == (1, 20_000)
+
+
+def test_a_restarted_job_does_not_repeat_its_curve(job):
+    """Going on from step 2 replaces what was reported of the steps after it, a half-written line included."""
+    for step in (1, 2, 3):
+        job.progress(step, 5, loss=1.0)
+    with (job.folder / "progress.jsonl").open("a") as file:
+        file.write('{"step": 4, "o')
+    again = Job({}, 7, "cpu", job.model_dir, job.checkpoint, job.folder)
+    for step in (3, 4, 5):
+        again.progress(step, 5, loss=1.0)
+    assert steps(job) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_no_number_ends_the_training(job, value):
+    """NaN and infinite metrics raise at once, with the step and what to try."""
+    with pytest.raises(TrainingError, match=r"loss at step 3 of 9(?s:.)*learning rate"):
+        job.progress(3, 9, loss=value)
+
+
+def test_progress_tells_the_time_left(job):
+    """The pace of the last reports gives the seconds left."""
+    line = {"of": 10, "metrics": {"loss": 0.5}}
+    lines = [json.dumps({"step": step, "time": 100.0 + 2 * step, **line}) for step in (1, 2, 3)]
+    (job.folder / "progress.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "o')
+    now = jobs.progress(job.folder)
+    assert (now.fraction, now.eta_s, now.metrics) == (0.3, 14.0, {"loss": 0.5})
+
+
+def test_describe_takes_types_from_the_data(job):
+    """The model's inputs carry canonical types."""
+    job.describe(inputs=["s", "n", "x", "day", "y"], requirements=["numpy"])
+    assert job.inputs == {"s": "string", "n": "int", "x": "float", "day": "datetime", "y": "bool"}
+
+
+def test_describe_pins_what_is_installed(job):
+    """Requirements are pinned without the local label that no index serves."""
+    job.describe(inputs=["x"], requirements=["torch", "numpy"])
+    assert [text.partition("==")[0] for text in job.requirements] == ["numpy", "torch"]
+    assert not any("+" in text for text in job.requirements)
+
+
+def test_describe_refuses_a_column_that_is_not_there(job):
+    """The nearest name is in the message."""
+    with pytest.raises(TrainingError, match=r"no column 'dya'(?s:.)*did you mean 'day'"):
+        job.describe(inputs=["dya"], requirements=[])
+
+
+def test_describe_refuses_a_distribution_that_is_not_there(job):
+    """An import's name in place of a distribution's is refused."""
+    with pytest.raises(TrainingError, match=r"no distribution 'sklearn'(?s:.)*scikit-learn"):
+        job.describe(inputs=["x"], requirements=["sklearn"])
+
+
+def test_features_are_neither_target_nor_time(tmp_path, job):
+    """A training function can take all features without leaking the target."""
+    data = TrainingData(tmp_path / "input", target="y", event_time="day", task="binary")
+    assert data.features == ["x", "n", "s"]
+
+
+def test_a_job_leaves_its_result(settings):
+    """What the function did is in the output folder, and the result says so."""
+    handle = jobs.start(settings, spec(), filling(READ))
+    result = jobs.wait(handle)
+    assert (result.ok, result.metrics) == (True, {"rows": 2, "frames": 1})
+    assert list(result.files) == ["frames/00000.arrow"]
+    assert pl.read_ipc(handle.output / "frames" / "00000.arrow").rows() == [(1,), (2,)]
+
+
+def test_a_finished_job_is_not_done_again(settings):
+    """Asked for again, a finished job is found, not filled or started."""
+    first = run(settings)
+    again = jobs.start(settings, spec(), pytest.fail)
+    assert again.found == "finished"
+    assert jobs.wait(again) == first
+
+
+def test_a_failed_job_may_try_again(settings):
+    """A failure is not adopted: asking again starts the job again, on the inputs it has."""
+    source = (
+        "import pathlib\n"
+        "def read(window):\n"
+        "    mark = pathlib.Path('tried')\n"
+        "    if not mark.exists():\n"
+        "        mark.touch()\n"
+        "        raise OSError('the line was cut')\n"
+        "    return []\n"
+    )
+    with pytest.raises(SourceError, match="the line was cut"):
+        run(settings, source)
+    again = jobs.start(settings, spec(), pytest.fail)
+    assert again.found == "dead"
+    assert jobs.wait(again).ok
+
+
+@pytest.mark.parametrize("victim", ["job.json", "inputs.json", "input/pack/model.py"])
+def test_a_truncated_folder_is_made_anew(settings, victim):
+    """A job whose description or inputs are not whole is not trusted, even when it has a result."""
+    run(settings)
+    file = settings.jobs / "abc" / victim
+    file.write_bytes(file.read_bytes()[:-5])
+    assert jobs.start(settings, spec(), filling(READ)).found == "absent"
+
+
+@pytest.mark.parametrize("victim", ["result.json", "frames/00000.arrow"])
+def test_a_truncated_output_is_made_again(settings, victim):
+    """A result that cannot be read, or names a file that is not whole, is no result."""
+    run(settings)
+    file = settings.jobs / "abc" / "output" / victim
+    file.write_bytes(file.read_bytes()[:-5])
+    assert jobs.start(settings, spec(), pytest.fail).found == "dead"
+
+
+def test_another_job_under_the_same_id_is_made_anew(settings):
+    """The folder's description must be this very job's."""
+    run(settings)
+    again = jobs.start(settings, spec(seed=8), filling(READ))
+    assert again.found == "absent"
+
+
+def test_params_with_dates_and_tuples_are_the_same_job(settings):
+    """What JSON cannot tell apart does not make another job."""
+    params = {"since": WINDOW.start.date(), "sizes": (1, 2)}
+    run(settings, params=params)
+    assert jobs.start(settings, spec(params=params), pytest.fail).found == "finished"
+
+
+def test_a_fill_that_fails_leaves_no_job(settings):
+    """Inputs that could not be brought are brought anew next time."""
+
+    def broken(folder):
+        (folder / "half").touch()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        jobs.start(settings, spec(), broken)
+    assert jobs.start(settings, spec(), filling(READ)).found == "absent"
+
+
+def test_an_error_of_the_pack_names_its_line(settings):
+    """What escapes the pack's function is reported with file, line, code and log."""
+    source = "def read(window):\n    rows = {}\n    yield rows['nothing']\n"
+    with pytest.raises(SourceError) as caught:
+        run(settings, source)
+    assert "demo/model.py:3 in read: yield rows['nothing']" in str(caught.value)
+    assert "KeyError" in str(caught.value)
+    assert "log.txt" in caught.value.fix
+
+
+def test_an_error_of_training_is_a_training_error(settings):
+    """The class of the error says which part of the pack failed."""
+    source = "def train(data, job):\n    job.progress(1, 2, loss=float('nan'))\n"
+    with pytest.raises(TrainingError, match=r"NaN loss at step 1 of 2 \(demo/model\.py:2"):
+        run(settings, source, kind="train", call="model:train", window=None)
+
+
+def test_a_job_that_dies_shows_its_last_words(settings):
+    """A process that ends without a result is a JobError with the end of its log and the log's path."""
+    with pytest.raises(JobError, match=r"without a result(?s:.)*log\.txt(?s:.)*\| farewell"):
+        run(settings, "import os\ndef read(window):\n    print('farewell')\n    os._exit(3)\n")
+
+
+def test_a_job_past_its_time_is_ended(settings):
+    """The job ends itself, and says where to give it more time."""
+    with pytest.raises(JobError, match=r"ran past its 0\.5 s(?s:.)*training\.timeout"):
+        run(settings, "import time\ndef read(window):\n    time.sleep(600)\n", timeout_s=0.5)
+
+
+def test_a_job_that_cannot_end_itself_is_ended(settings):
+    """A job long past its time, stopped or stuck in native code, is ended by whoever waits for it."""
+    handle = jobs.start(settings, spec(timeout_s=600), filling("import time\ndef read(window):\n    time.sleep(600)\n"))
+    known = handle.folder / "pid.json"
+    known.write_text(json.dumps(json.loads(known.read_text()) | {"at": 0.0}))
+    with pytest.raises(JobError, match="ran past 600 s"):
+        jobs.wait(handle)
+
+
+def test_progress_is_shown_while_waiting(settings):
+    """Whoever waits sees the last report."""
+    source = "def train(data, job):\n    job.progress(1, 2, loss=0.5)\n    job.progress(2, 2, loss=0.25)\n    1 / 0\n"
+    seen = []
+    handle = jobs.start(settings, spec(kind="train", call="model:train", window=None), filling(source))
+    with pytest.raises(TrainingError, match="ZeroDivisionError"):
+        jobs.wait(handle, seen.append)
+    assert (seen[-1].step, seen[-1].metrics) == (2, {"loss": 0.25})
+
+
+def test_a_discarded_job_is_gone(settings):
+    """Its folder is removed; discarding once more is no error."""
+    run(settings)
+    jobs.discard(settings, "abc")
+    jobs.discard(settings, "abc")
+    assert not (settings.jobs / "abc").exists()
+
+
+def test_an_id_cannot_leave_the_jobs_folder():
+    """An id with a path in it is refused."""
+    with pytest.raises(ValueError, match="id"):
+        JobSpec.model_validate(spec().model_dump() | {"id": "../elsewhere"})
+
+
+def test_waiting_for_a_folder_without_a_job_says_so(settings, tmp_path):
+    """A handle to nothing ends in an error, not in waiting."""
+    with pytest.raises(JobError, match="without a result"):
+        jobs.wait(Handle(folder=tmp_path / "nothing", spec=spec(), found="alive"))
