@@ -96,7 +96,7 @@ Call = Annotated[str, BeforeValidator(_call)]
 class Part(BaseModel):
     """A part of a pack: frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PythonSource(Part):

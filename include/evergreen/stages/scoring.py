@@ -187,7 +187,10 @@ def compare(
         )
     drawn = folder / "plots"
     drawn.mkdir()
-    plots.draw(task, truth, {name: predicted for name, (_, predicted, _) in scored.items()}, drawn)
+    titles = {"challenger": "challenger", "champion": f"champion, version {champion.version}" if champion else ""}
+    plots.draw(
+        task, truth, {titles[name]: predicted for name, (_, predicted, _) in scored.items()}, drawn, classes=classes
+    )
     figures = store.put(drawn)
     store.push([figures])
     return Evaluated(
