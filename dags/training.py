@@ -1,4 +1,4 @@
-"""One training DAG per pack: <pack>__train."""
+"""One training DAG per pack: <pack>__train. (Airflow parses only files that hold the words airflow and dag.)"""
 
 from evergreen.orchestration.dags import broken_packs_dag, packs_to_parse, training_dag
 
