@@ -31,7 +31,17 @@ from evergreen.errors import EvaluationError, EvergreenError, PackError, SourceE
 from evergreen.run import Hardware, count
 from evergreen.training import devices
 from evergreen.training.checkpoints import FolderCheckpoint, write_whole
-from evergreen.training.jobs import Failure, Job, JobResult, JobSpec, TrainingData, column_types, pinned, sizes
+from evergreen.training.jobs import (
+    MORE_TIME,
+    Failure,
+    Job,
+    JobResult,
+    JobSpec,
+    TrainingData,
+    column_types,
+    pinned,
+    sizes,
+)
 from evergreen.training.runtimes import process
 
 if TYPE_CHECKING:
@@ -367,7 +377,7 @@ def _late(spec: JobSpec) -> JobResult:
     failure = Failure(
         error="JobError",
         what=f"the {spec.kind} job {spec.id} of {spec.pack} ran past its {spec.timeout_s:g} s",
-        fix="raise training.timeout in pack.yaml, or give it less to do; run again goes on from its checkpoint",
+        fix=MORE_TIME,
     )
     return JobResult(
         ok=False, failure=failure, duration_s=spec.timeout_s, hardware=Hardware(device="cpu", name="unknown")

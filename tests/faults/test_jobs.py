@@ -95,7 +95,9 @@ def settings(tmp_path):
 def fill(folder):
     (folder / "pack").mkdir()
     (folder / "pack" / "model.py").write_text(PACK)
-    rows = pl.DataFrame({"x": [n / 50 - 1 for n in range(100)], "y": [n >= 50 for n in range(100)]})
+    rows = pl.DataFrame(
+        {"x": [n / 50 - 1 for n in range(100)], "y": [n >= 50 for n in range(100)], "t": list(range(100))}
+    )
     for name in ("train", "validation"):
         (folder / name).mkdir()
         rows.write_parquet(folder / name / "0.parquet")

@@ -20,6 +20,7 @@ from evergreen.training import jobs
 from evergreen.training.jobs import JobSpec
 
 ROWS = pl.DataFrame({"x": [0.1, 0.2, 0.9, 0.8], "carrier": ["AA", "B6", None, "AA"], "y": [False, False, True, True]})
+ROWS = ROWS.with_columns(t=pl.int_range(4))
 LOADER = """
 import json
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_a_model_folder_describes_itself(settings):
     handle, result = train(settings)
     described = json.loads((handle.output / "model" / "model.json").read_text())
     assert described["task"] == "binary"
-    assert described["inputs"] == {"x": "float", "carrier": "string"} == result.inputs
+    assert described["inputs"] == {"x": "float", "carrier": "string", "t": "int"} == result.inputs
     assert [text.partition("==")[0] for text in described["requirements"]] == ["numpy", "pandas"]
     assert result.metrics.keys() == {"loss"}
 

@@ -165,7 +165,7 @@ def wait(handle: Handle, on_progress: Callable[[Progress], None] | None = None) 
             runtime.stop(folder)
             raise JobError(
                 f"the {spec.kind} job {spec.id} of {spec.pack} was stopped: it ran past {spec.timeout_s:g} s{_tail(folder)}",
-                fix=_MORE_TIME,
+                fix=MORE_TIME,
             )
     with _claimed(folder):
         if runtime.join(folder, timeout_s=0.0):  # nobody has started it again
@@ -200,11 +200,13 @@ def progress(folder: Path) -> Progress | None:
     """How far the job in `folder` is; None before its first report."""
     try:
         with (folder / "progress.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-            text = file.read().decode(errors="replace")
+            begin = max(0, file.seek(0, os.SEEK_END) - 8192)
+            file.seek(begin)
+            found = file.read().splitlines(keepends=True)
     except OSError:
         return None
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line[:1] == "{" and line[-1:] == "\n"]
+    # The first may lack its beginning, the last its end.
+    lines = [json.loads(line) for line in found[1 if begin else 0 :] if line.endswith(b"\n")]
     if not lines:
         return None
     first, last = lines[-20:][0], lines[-1]
@@ -228,7 +230,7 @@ def sizes(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-_MORE_TIME = "raise training.timeout in pack.yaml, or give the job less to do; run again goes on from its checkpoint"
+MORE_TIME = "raise training.timeout in pack.yaml, or give the job less to do; run again goes on from its checkpoint"
 
 
 @contextmanager
@@ -335,12 +337,12 @@ class TrainingData:
     @cached_property
     def train(self) -> pl.DataFrame:
         """Rows of the training window, target included, in order of time."""
-        return _read(self.folder / "train")
+        return _read(self.folder / "train", self.event_time)
 
     @cached_property
     def validation(self) -> pl.DataFrame:
         """Rows of the validation window: the only ones to stop early or to choose by."""
-        return _read(self.folder / "validation")
+        return _read(self.folder / "validation", self.event_time)
 
     @property
     def features(self) -> list[str]:
@@ -396,7 +398,7 @@ class Job:
         elif thousandth <= self._written[0] and step < of and now - self._written[1] < 0.1:
             return
         self._written = (thousandth, now)
-        line = {"step": step, "of": of, "time": round(time.time(), 3), "metrics": self.metrics}
+        line = {"step": int(step), "of": int(of), "time": round(time.time(), 3), "metrics": self.metrics}
         with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -459,7 +461,8 @@ def _forget_from(file: Path, step: int) -> None:
     part.replace(file)
 
 
-def _read(folder: Path) -> pl.DataFrame:
+def _read(folder: Path, event_time: str) -> pl.DataFrame:
     import polars as pl
 
-    return pl.concat([pl.read_parquet(file) for file in sorted(folder.glob("*.parquet"))], how="vertical_relaxed")
+    frames = [pl.read_parquet(file) for file in sorted(folder.glob("*.parquet"))]
+    return pl.concat(frames, how="vertical_relaxed").sort(event_time, maintain_order=True)

@@ -115,6 +115,15 @@ def test_progress_tells_the_time_left(job):
     assert (now.fraction, now.eta_s, now.metrics) == (0.3, 14.0, {"loss": 0.5})
 
 
+def test_progress_is_read_from_the_end_of_a_long_curve(job):
+    """Wherever the last few kilobytes begin, within a line too, the last report is found."""
+    seen = []
+    for step in range(1, 601):
+        job.progress(step, 600, **{"loss" + "s" * (step % 7): 1 / step})
+        seen.append(jobs.progress(job.folder).step)
+    assert seen == list(range(1, 601))
+
+
 def test_describe_takes_types_from_the_data(job):
     """The model's inputs carry canonical types."""
     job.describe(inputs=["s", "n", "x", "day", "y"], requirements=["numpy"])
@@ -144,6 +153,15 @@ def test_features_are_neither_target_nor_time(tmp_path, job):
     """A training function can take all features without leaking the target."""
     data = TrainingData(tmp_path / "input", target="y", event_time="day", task="binary")
     assert data.features == ["x", "n", "s"]
+
+
+def test_training_rows_are_in_order_of_time(tmp_path):
+    """Whatever the order of the files and of the rows within them."""
+    (tmp_path / "train").mkdir()
+    for name, hours in (("a", [3, 1]), ("b", [2, 0])):
+        pl.DataFrame({"hour": hours, "y": hours}).write_parquet(tmp_path / "train" / f"{name}.parquet")
+    data = TrainingData(tmp_path, target="y", event_time="hour", task="regression")
+    assert data.train["y"].to_list() == [0, 1, 2, 3]
 
 
 def test_a_job_leaves_its_result(settings):
