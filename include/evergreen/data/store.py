@@ -171,18 +171,17 @@ class Store:
 
     def path(self, ref: Ref) -> Path:
         """Where a file object lies in the local cache, pulled from the remote if need be. Read-only."""
+        assert not ref.is_folder
         kept = self._object(ref.hash)
         if not kept.is_file() or kept.stat().st_size != ref.size:
             self._fetch([ref.hash])
         return kept
 
     def read_bytes(self, ref: Ref) -> bytes:
-        """The bytes of a file object, checked against its hash."""
-        content = self.path(ref).read_bytes()
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != ref.hash:
+        """The bytes of an object, checked against its hash."""
+        if not self._is_intact(ref.hash):
             self._fetch([ref.hash])
-            content = self.path(ref).read_bytes()
-        return content
+        return self._object(ref.hash).read_bytes()
 
     def read_json(self, ref: Ref) -> Any:
         """The content of a JSON object, its bytes checked against its hash."""
@@ -217,10 +216,7 @@ class Store:
 
     def _members(self, ref: Ref) -> dict[str, str]:
         """The hashes of a folder's files by their path in it."""
-        listing = self._object(ref.hash)
-        if not listing.is_file():
-            self._fetch([ref.hash])
-        members = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
+        members = {entry["relpath"]: entry["md5"] for entry in self.read_json(ref)}
         for name in members:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise StoreError(
@@ -336,8 +332,8 @@ class Store:
     def _nowhere(self, hashes: Collection[str]) -> StoreError:
         examples = ", ".join(sorted(hashes)[:5])
         return StoreError(
-            f"{count(len(hashes), 'object')} intact neither in the cache {self._settings.cache} "
-            f"nor in the remote {self._settings.data_remote}: {examples}",
+            f"{count(len(hashes), 'object')} to be had intact neither from the cache {self._settings.cache} "
+            f"nor from the remote {self._settings.data_remote}: {examples}",
             fix="run the pack again with --force: the stage that made it makes it again",
         )
 

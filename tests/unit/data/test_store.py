@@ -97,6 +97,12 @@ def test_making_a_store_touches_nothing(store: Store, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_importing_the_store_does_not_import_dvc() -> None:
+    """DAG files that name the store parse fast."""
+    script = "import sys, evergreen.data.store; print([name for name in sys.modules if name.startswith('dvc')])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_a_file_lies_under_its_md5(store: Store, cache: Path, folder: Path) -> None:
     """A file is kept where DVC 3 looks for it, read-only."""
     assert store.put(folder / "a.txt") == HELLO
@@ -230,7 +236,7 @@ def test_an_object_that_is_nowhere_is_named(store: Store) -> None:
     """Neither pushing nor reading invents an object: the error names it, both places and the fix."""
     for use in (store.path, store.read_bytes, lambda ref: store.push([ref])):
         with pytest.raises(
-            StoreError, match=rf"cache .*/cache nor in the remote .*/remote: {HELLO.hash}\n  fix: .*--force"
+            StoreError, match=rf"cache .*/cache nor from the remote .*/remote: {HELLO.hash}\n  fix: .*--force"
         ):
             use(HELLO)
 
@@ -431,6 +437,14 @@ def test_reading_checks_the_bytes(store: Store, cache: Path) -> None:
     store.push([ref])
     alter(object_of(cache, ref))
     assert store.read_bytes(ref) == b"hello"
+
+
+def test_an_altered_listing_is_not_believed(store: Store, folder: Path, cache: Path) -> None:
+    """A folder lists the files it was stored with, from the remote if need be."""
+    ref = store.put(folder)
+    store.push([ref])
+    alter(object_of(cache, ref))
+    assert sorted(store.listing(ref)) == ["a.txt", "sub/b.txt"]
 
 
 def test_a_truncated_object_is_pulled_again(store: Store, cache: Path) -> None:
