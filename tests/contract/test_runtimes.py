@@ -12,6 +12,13 @@ from evergreen.errors import JobError
 from evergreen.training.runtimes import Runtime, process
 
 SLEEP = "import time\ndef read(window):\n    time.sleep(600)\n    yield None\n"
+UNTIL_GO = (
+    "import pathlib, time\n"
+    "def read(window):\n"
+    "    while not pathlib.Path('go').exists():\n"
+    "        time.sleep(0.01)\n"
+    "    return []\n"
+)
 ENVIRONMENT = "import json, os, pathlib\ndef read(window):\n    pathlib.Path('environment').write_text(json.dumps(dict(os.environ)))\n    return []\n"
 
 
@@ -59,10 +66,7 @@ def test_a_folder_without_a_job_has_nothing_alive(runtime, folder):
 
 def test_a_launched_job_is_alive_until_it_ends(runtime, folder):
     """It is alive from the moment launch returns; joining it says when it has ended."""
-    write(
-        folder,
-        "import time, pathlib\ndef read(window):\n    while not pathlib.Path('go').exists():\n        time.sleep(0.01)\n    return []\n",
-    )
+    write(folder, UNTIL_GO)
     runtime.launch(folder)
     assert runtime.alive(folder)
     assert not runtime.join(folder, timeout_s=0.05)
@@ -113,7 +117,7 @@ def test_a_stopped_job_is_gone_with_its_children(runtime, folder):
 
 def test_a_job_outlives_the_process_that_launched_it(runtime, folder):
     """The caller's end, with its whole process group, is not the job's."""
-    write(folder, SLEEP)
+    write(folder, UNTIL_GO)
     code = (
         "import os, pathlib, signal, sys\n"
         f"from evergreen.training.runtimes import {runtime.__name__.rpartition('.')[2]} as runtime\n"
@@ -122,7 +126,9 @@ def test_a_job_outlives_the_process_that_launched_it(runtime, folder):
     )
     caller = subprocess.run([sys.executable, "-c", code, str(folder)], check=False, start_new_session=True)
     assert caller.returncode == -9
-    assert runtime.alive(folder)
+    (folder / "go").touch()
+    assert runtime.join(folder, timeout_s=30)
+    assert json.loads((folder / "output" / "result.json").read_text())["ok"]
 
 
 def test_a_living_job_touches_its_heartbeat(runtime, folder):
