@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
@@ -218,7 +218,7 @@ class Store:
         """The hashes of a folder's files by their path in it."""
         members = {entry["relpath"]: entry["md5"] for entry in self.read_json(ref)}
         for name in members:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            if name.startswith("/") or ".." in name.split("/"):
                 raise StoreError(
                     f"folder {ref.hash} names a file outside itself: {name!r}",
                     fix="do not use this object; find out who wrote it",
@@ -232,13 +232,14 @@ class Store:
 
     def push(self, refs: Iterable[Ref]) -> None:
         """Have the remote hold these objects, the files of folders included. Cheap where it does already."""
-        files: set[str] = set()
-        listings: set[str] = set()
-        for ref in refs:
-            (listings if ref.is_folder else files).add(ref.hash)
-            if ref.is_folder:
-                files.update(self._members(ref).values())
-        # Files first: a listing in the remote is a promise that its files are there.
+        refs = set(refs)
+        files = {ref.hash for ref in refs if not ref.is_folder}
+        listings = {ref.hash for ref in refs if ref.is_folder}
+        files.update(*(self._members(ref).values() for ref in refs if ref.is_folder))
+        self._push_in_order(files, listings)
+
+    def _push_in_order(self, files: set[str], listings: set[str]) -> None:
+        """Files first: a listing in the remote is a promise that its files are there."""
         for hashes in filter(None, (files, listings)):
             self._patiently("write to", partial(self._push, hashes))
 
@@ -361,7 +362,7 @@ class Store:
                 fix="give the pack another name",
             )
         tree = self._put_listing(files)
-        self.push([*files.values(), tree])
+        self._push_in_order({ref.hash for ref in files.values()}, {tree.hash})
         version = _Version(dataset=dataset, tree=tree, files=len(files), time=tag_time, message=message)
         repository = _Repository(_absolute(self._settings.data_repository), _absolute(self._settings.data_remote))
         with self._writing(f"commit {dataset}"):
