@@ -60,7 +60,7 @@ def main() -> None:
 
 def out() -> Console:
     """Standard output; as wide as the terminal, or as it must be when there is none."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def show_json(content: Any) -> None:
@@ -277,9 +277,11 @@ def _show_end(ended: dict[str, Any], log_file: Path, pack: Pack) -> None:
             console.print(f"  fix: {escape(failure['fix'])}")
     elif ended["outcome"] == "running":
         console.print("[bold red]The run ended before its last stage.[/]")
-    for key, value in _closing_table(ended).items():
-        console.print(f"[bold]{key:<10}[/] {escape(value)}")
-    console.print(f"[bold]{'log':<10}[/] {log_file}")
+    for key, value in _closing_lines(ended).items():
+        console.print(f"[bold]{key:<9}[/] {escape(value)}")
+    if ended["metrics"]:
+        console.print(_metrics_table(ended["metrics"], ended["judged_against"]))
+    console.print(f"[bold]{'log':<9}[/] {log_file}", style="dim")
     if ended["version"] is not None:
         name = pack.name
         console.print(
@@ -287,24 +289,43 @@ def _show_end(ended: dict[str, Any], log_file: Path, pack: Pack) -> None:
         )
 
 
-def _closing_table(ended: dict[str, Any]) -> dict[str, str]:
-    rows = {"run": f"{ended['run_id']}, as of {ended['as_of']}"}
+def _closing_lines(ended: dict[str, Any]) -> dict[str, str]:
+    rows = {"run": f"{ended['run_id']}, as of {ended['as_of'][:16]}"}
     if ended["verdict"]:
         rows["verdict"] = f"{ended['verdict']['decision']}: {'; '.join(ended['verdict']['reasons'])}"
     if ended["version"] is not None:
-        rows["version"] = f"{ended['version']} (champion: {ended['champion'] or 'none'})"
-    for metric, figure in (ended["metrics"] or {}).items():
-        text = f"{figure['value']:.4f}"
-        if figure["low"] is not None:
-            text += f"  [{figure['low']:.4f}, {figure['high']:.4f}]"
-        if figure["champion"] is not None:
-            text += f"  champion {figure['champion']:.4f}"
-        rows[metric] = text
+        champion = f"version {ended['champion']} is champion" if ended["champion"] else "there is no champion"
+        rows["version"] = f"{ended['version']}; {champion}"
     if ended["snapshot"]:
         rows["snapshot"] = ended["snapshot"]
     if ended["stages"]:
-        rows["seconds"] = "  ".join(f"{stage['stage']} {stage['seconds']:.1f}" for stage in ended["stages"])
+        rows["seconds"] = "  ".join(f"{stage['stage']} {stage['seconds'] or 0:.1f}" for stage in ended["stages"])
     return rows
+
+
+def _metrics_table(metrics: dict[str, dict[str, float | None]], judged_against: int | None) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("metric", style="bold", no_wrap=True)
+    for title in ("this version", "interval"):
+        table.add_column(title, justify="right", no_wrap=True)
+    if judged_against is not None:
+        for title in (f"version {judged_against}", "difference", "interval"):
+            table.add_column(title, justify="right", no_wrap=True)
+    for name, row in metrics.items():
+        cells = [_figure(row["value"]), _interval(row["low"], row["high"])]
+        if judged_against is not None:
+            cells += [_figure(row["champion"]), _figure(row["difference"], signed=True)]
+            cells.append(_interval(row["difference_low"], row["difference_high"], signed=True))
+        table.add_row(name, *cells)
+    return table
+
+
+def _figure(value: float | None, *, signed: bool = False) -> str:
+    return "—" if value is None else format(value, "+.4f" if signed else ".4f")
+
+
+def _interval(low: float | None, high: float | None, *, signed: bool = False) -> str:
+    return "" if low is None or high is None else f"{_figure(low, signed=signed)} … {_figure(high, signed=signed)}"
 
 
 @app.command()

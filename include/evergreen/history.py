@@ -45,6 +45,9 @@ def history_of(database: Database, run_id: str) -> dict[str, Any]:
         "version": registered.version if isinstance(registered, Registered) else None,
         "champion": promoted.champion if isinstance(promoted, Promoted) else None,
         "metrics": _metrics(evaluated) if isinstance(evaluated, Evaluated) else None,
+        "judged_against": evaluated.champion.version
+        if isinstance(evaluated, Evaluated) and evaluated.champion is not None
+        else None,
         "snapshot": named.tag if isinstance(named, Snapshot) else None,
     }
 
@@ -101,16 +104,23 @@ def _outcome(promoted: Value | None, failure: Any) -> str:
 
 
 def _metrics(evaluated: Evaluated) -> dict[str, dict[str, float | None]]:
+    """Per metric, the primary one first: the challenger's figure and interval, the champion's, and the difference's."""
     champion = evaluated.champion.metrics if evaluated.champion else {}
-    return {
-        name: {
+    differences = {found.metric: found.estimate for found in evaluated.differences if found.by is None}
+    names = sorted(evaluated.challenger.metrics, key=lambda name: (name != evaluated.primary, name))
+    rows: dict[str, dict[str, float | None]] = {}
+    for name in names:
+        estimate, difference = evaluated.challenger.metrics[name], differences.get(name)
+        rows[name] = {
             "value": estimate.value,
             "low": estimate.low,
             "high": estimate.high,
             "champion": champion[name].value if name in champion else None,
+            "difference": difference.value if difference else None,
+            "difference_low": difference.low if difference else None,
+            "difference_high": difference.high if difference else None,
         }
-        for name, estimate in evaluated.challenger.metrics.items()
-    }
+    return rows
 
 
 def _why_it_ran(database: Database, event: Event) -> dict[str, Any]:

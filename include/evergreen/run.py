@@ -333,18 +333,17 @@ class Evaluated(Value):
     champion: Evaluation | None
     differences: tuple[Difference, ...] = ()
     confidence: float
+    primary: str
+    """The metric that decides."""
     holdout: Window
     plots: Ref | None = None
     """Folder of ROC, precision-recall and calibration figures."""
 
     def summary(self) -> str:
-        parts = []
-        for name, estimate in list(self.challenger.metrics.items())[:1]:
-            parts.append(f"{name} {estimate.value:.3f}")
-            for difference in self.differences:
-                if difference.metric == name and difference.by is None:
-                    assert self.champion is not None
-                    parts.append(f"champion {self.champion.metrics[name].value:.3f}")
+        estimate = self.challenger.metrics[self.primary]
+        parts = [f"{self.primary} {estimate.value:.3f}"]
+        if self.champion is not None and self.primary in self.champion.metrics:
+            parts.append(f"champion {self.champion.metrics[self.primary].value:.3f}")
         if self.champion is None:
             parts.append("no champion to compare with")
         elif self.champion.withheld:

@@ -266,6 +266,7 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
         parameters={
             "slices": [rule.model_dump(mode="json") for rule in pack.gate.slices],
             "confidence": pack.gate.primary.confidence,
+            "primary": pack.gate.primary.metric,
             "task": pack.data.task,
         },
         code=_code("evaluation/*.py", "runner.py"),

@@ -198,6 +198,7 @@ def compare(
         champion=incumbent,
         differences=differences,
         confidence=pack.gate.primary.confidence,
+        primary=pack.gate.primary.metric,
         holdout=Window(start=rows[0][0].period, end=step(rows[-1][0].period, pack.data.partition)),
         plots=figures,
     )

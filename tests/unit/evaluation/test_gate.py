@@ -45,6 +45,7 @@ def judge(
     confidence: float = 0.95,
 ) -> Verdict:
     evaluated = Evaluated(
+        primary="roc_auc",
         challenger=challenger or evaluation(),
         champion=champion,
         differences=differences,
