@@ -318,8 +318,9 @@ def _canonical(frame: pl.DataFrame, where: str) -> pl.DataFrame:
         if kind.is_integer():
             columns.append(column.cast(pl.Int64))
         elif kind.is_numeric():
-            number = column.cast(pl.Float64) + 0.0  # -0.0 + 0.0 is 0.0
-            columns.append(pl.when(number.is_nan()).then(float("nan")).otherwise(number).alias(name))
+            number = column.cast(pl.Float64)
+            one_zero = pl.when(number == 0).then(0.0)
+            columns.append(one_zero.when(number.is_nan()).then(float("nan")).otherwise(number).alias(name))
         elif isinstance(kind, pl.Datetime):
             utc = column.dt.convert_time_zone("UTC") if kind.time_zone else column.dt.replace_time_zone("UTC")
             columns.append(utc.dt.cast_time_unit("us"))

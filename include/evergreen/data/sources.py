@@ -207,11 +207,11 @@ def _files(path: str, folder: Path) -> list[_File]:
     url = path if "://" in path or "::" in path else str(folder / path)
     with _reading(url, "check the address, the network and the credentials"):
         system, inside = fsspec.core.url_to_fs(url)
-        found = system.glob(inside, detail=True) if set("*?[") & set(inside) else None
-    if found is None:
-        if "://" not in url and Path(inside).is_dir():
-            raise SourceError(f"{url} is a folder", fix="end source.path in /*.parquet, /**/*.csv or the like")
-        return [_File(system, inside, url)]
+        if not set("*?[") & set(inside):
+            if "://" not in url and Path(inside).is_dir():
+                raise SourceError(f"{url} is a folder", fix="end source.path in /*.parquet, /**/*.csv or the like")
+            return [_File(system, inside, url)]
+        found = system.glob(inside, detail=True)
     files = [
         _File(system, name, system.unstrip_protocol(name) if "://" in url else name)
         for name, info in sorted(found.items())

@@ -1,0 +1,190 @@
+"""Every kind of source, against the same laws."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import fsspec
+import polars as pl
+import pytest
+from evergreen import pack
+from evergreen.data import partitions, sources
+from evergreen.errors import SourceError
+from evergreen.run import Window
+
+START = datetime(2013, 1, 1, tzinfo=UTC)
+WEEK = Window(start=START, end=START + timedelta(days=7))
+ROWS = 24 * 9
+
+KINDS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
+    "parquet": lambda frame, file: frame.write_parquet(file, row_group_size=50),
+    "csv": lambda frame, file: frame.write_csv(file, datetime_format="%Y-%m-%dT%H:%M:%S%.fZ"),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def sample(rows: int = ROWS) -> pl.DataFrame:
+    """Nine days of hourly rows, the first one a day before the week."""
+    return pl.DataFrame(
+        {
+            "t": [START + timedelta(hours=n - 24) for n in range(rows)],
+            "y": [n % 2 for n in range(rows)],
+            "x": [n / 4 if n % 7 else None for n in range(rows)],
+            "name": [f'n"{n}", or so' if n % 5 else None for n in range(rows)],
+            "good": [n % 3 == 0 for n in range(rows)],
+        }
+    )
+
+
+def read(kind: str, path: str, folder: Path, window: Window = WEEK, event_time: str = "t") -> list[pl.DataFrame]:
+    source = {"parquet": pack.ParquetSource, "csv": pack.CsvSource}[kind].model_validate({"kind": kind, "path": path})
+    return list(sources.open_source(source, folder).read(window, event_time))
+
+
+@every_kind
+def test_rows_are_those_of_the_window_and_all_of_them(kind, tmp_path):
+    """A source yields the rows with start <= event time < end, none else, none less."""
+    KINDS[kind](sample(), tmp_path / f"a.{kind}")
+    found = pl.concat(read(kind, f"a.{kind}", tmp_path)).sort("t")
+    assert found["t"].to_list() == [START + timedelta(hours=n) for n in range(24 * 7)]
+
+
+@every_kind
+def test_adjacent_windows_share_no_row_and_miss_none(kind, tmp_path):
+    """Two windows that touch give what one over both gives."""
+    KINDS[kind](sample(), tmp_path / f"a.{kind}")
+    middle = START + timedelta(days=2)
+    halves = [Window(start=START, end=middle), Window(start=middle, end=WEEK.end)]
+    split = [frame for half in halves for frame in read(kind, f"a.{kind}", tmp_path, half)]
+    assert pl.concat(split).sort("t").equals(pl.concat(read(kind, f"a.{kind}", tmp_path)).sort("t"))
+
+
+def test_the_kind_leaves_no_trace(tmp_path):
+    """The same rows give the same partitions, whichever kind of source held them."""
+    identities = []
+    for kind, save in KINDS.items():
+        save(sample(), tmp_path / f"a.{kind}")
+        written = partitions.write(
+            read(kind, f"a.{kind}", tmp_path),
+            window=WEEK,
+            partition="day",
+            event_time="t",
+            target="y",
+            folder=tmp_path / kind,
+            origin=kind,
+        )
+        identities.append([file.identity for file in written.files])
+    assert identities[0] == identities[1]
+    assert len(identities[0]) == 7
+
+
+@every_kind
+def test_rows_come_in_chunks(kind, tmp_path, monkeypatch):
+    """No chunk holds all of a long file: memory is bounded."""
+    monkeypatch.setattr(sources, "BATCH_ROWS", 50)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
+    KINDS[kind](sample(), tmp_path / f"a.{kind}")
+    assert max(frame.height for frame in read(kind, f"a.{kind}", tmp_path)) <= 60
+
+
+@every_kind
+def test_a_row_without_a_time_is_not_dropped(kind, tmp_path):
+    """A null event time is handed on, so that it is refused and not lost."""
+    frame = sample(30).with_columns(pl.when(pl.col("x") == 1.25).then(None).otherwise(pl.col("t")).alias("t"))
+    KINDS[kind](frame, tmp_path / f"a.{kind}")
+    assert pl.concat(read(kind, f"a.{kind}", tmp_path))["t"].null_count() == 1
+
+
+@every_kind
+def test_globs_join_files(kind, tmp_path):
+    """`**` finds files in sub-folders; all of them are read."""
+    (tmp_path / "2013" / "01").mkdir(parents=True)
+    KINDS[kind](sample()[:100], tmp_path / "2013" / f"a.{kind}")
+    KINDS[kind](sample()[100:], tmp_path / "2013" / "01" / f"b.{kind}")
+    assert sum(frame.height for frame in read(kind, f"2013/**/*.{kind}", tmp_path)) == 24 * 7
+
+
+@every_kind
+def test_a_url_is_as_good_as_a_path(kind, tmp_path):
+    """Any fsspec file system will do, with globs."""
+    memory = fsspec.filesystem("memory")
+    KINDS[kind](sample(), tmp_path / "a")
+    memory.pipe_file(f"/{tmp_path.name}/a.{kind}", (tmp_path / "a").read_bytes())
+    found = read(kind, f"memory://{tmp_path.name}/*.{kind}", tmp_path / "elsewhere")
+    assert sum(frame.height for frame in found) == 24 * 7
+
+
+@every_kind
+def test_a_file_with_other_columns_is_refused(kind, tmp_path):
+    """A column renamed from one file to the next is found, with its new name."""
+    KINDS[kind](sample()[:100], tmp_path / f"a.{kind}")
+    KINDS[kind](sample()[100:].rename({"name": "names"}), tmp_path / f"b.{kind}")
+    with pytest.raises(SourceError, match=rf"b\.{kind} has no column 'name'") as caught:
+        read(kind, f"*.{kind}", tmp_path)
+    assert "did you mean 'names'?" in caught.value.fix
+
+
+@every_kind
+def test_a_missing_event_time_is_refused(kind, tmp_path):
+    """The pack's event time must be a column of the file."""
+    KINDS[kind](sample(), tmp_path / f"a.{kind}")
+    with pytest.raises(SourceError, match=rf"a\.{kind} has no column 'tt'"):
+        read(kind, f"a.{kind}", tmp_path, event_time="tt")
+
+
+@every_kind
+def test_a_file_cut_in_the_middle_is_refused(kind, tmp_path):
+    """Half a file gives an error, not half of the rows."""
+    file = tmp_path / f"a.{kind}"
+    KINDS[kind](sample(), file)
+    content = file.read_bytes()
+    file.write_bytes(
+        content[: content.index(b'n""', len(content) // 2) + 2] if kind == "csv" else content[: len(content) // 2]
+    )
+    with pytest.raises(SourceError, match=rf"a\.{kind}"):
+        read(kind, f"a.{kind}", tmp_path)
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "path", ["nothing.{}", "*/*.{}", "http://127.0.0.1:9/a.{}", "http://127.0.0.1:9/*.{}", "no://a.{}"]
+)
+def test_what_is_not_there_is_named(kind, path, tmp_path):
+    """No such file, no match, nobody listening, no such protocol: the address and the fix."""
+    path = path.format(kind)
+    with pytest.raises(SourceError) as caught:
+        read(kind, path, tmp_path)
+    assert path.removeprefix("no:") in caught.value.what
+    assert "check" in caught.value.fix
+
+
+@every_kind
+def test_a_folder_is_told_from_files(kind, tmp_path):
+    """A folder without a pattern is refused, not taken for an empty source."""
+    with pytest.raises(SourceError, match="is a folder"):
+        read(kind, ".", tmp_path)
+
+
+@every_kind
+def test_a_file_that_may_not_be_read_is_named(kind, tmp_path):
+    """No permission: the file, and what to grant."""
+    KINDS[kind](sample(), tmp_path / f"a.{kind}")
+    with unprivileged(tmp_path / f"a.{kind}"), pytest.raises(SourceError, match="may not be read") as caught:
+        read(kind, f"a.{kind}", tmp_path)
+    assert "grant read access" in caught.value.fix
+
+
+@contextmanager
+def unprivileged(file: Path) -> Iterator[None]:
+    """Take the right to read away, from root too."""
+    file.chmod(0)
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

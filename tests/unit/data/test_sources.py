@@ -1,0 +1,194 @@
+"""Sources: what is special about each kind. What is common to all is in tests/contract/test_sources.py."""
+
+import bz2
+import gzip
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from evergreen import pack
+from evergreen.data import sources
+from evergreen.errors import SourceError
+from evergreen.run import Window
+
+START = datetime(2013, 1, 1, tzinfo=UTC)
+MONTH = Window(start=START, end=START + timedelta(days=31))
+
+
+def read_csv(folder: Path, path: str = "*.csv", event_time: str = "t", **options: object) -> pl.DataFrame:
+    source = pack.CsvSource.model_validate({"kind": "csv", "path": path, **options})
+    return pl.concat(sources.open_source(source, folder).read(MONTH, event_time), how="vertical_relaxed")
+
+
+def read_parquet(folder: Path, path: str = "*.parquet", window: Window = MONTH) -> pl.DataFrame:
+    source = pack.ParquetSource(kind="parquet", path=path)
+    return pl.concat(sources.open_source(source, folder).read(window, "t"))
+
+
+def column(folder: Path, *values: str) -> pl.Series:
+    """The type and the values that a CSV column of `values` gets."""
+    lines = [f"2013-01-01,{value}" for value in values]
+    (folder / "column.csv").write_text("\n".join(["t,x", *lines, ""]))
+    return read_csv(folder)["x"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["1", "-2", "NA"], [1, -2, None]),
+        (["1", "2.5", ""], [1.0, 2.5, None]),
+        (["true", "False"], [True, False]),
+        (["2013-04-01", "2013-04-02"], [date(2013, 4, 1), date(2013, 4, 2)]),
+        (["2013-04-01", "2013-04-01 05:00"], [datetime(2013, 4, 1), datetime(2013, 4, 1, 5)]),  # noqa: DTZ001
+        (["2013-04-01T05:00:00+02:00"], [datetime(2013, 4, 1, 3, tzinfo=UTC)]),
+        (["1", "one"], ["1", "one"]),
+        (["a,b".join('""'), '"line\nbreak"'], ["a,b", "line\nbreak"]),
+        (["NA", ""], [None, None]),
+    ],
+)
+def test_a_csv_column_has_the_type_that_all_its_values_have(values, expected, tmp_path):
+    """int, float, bool, date, time, else text; `null_values` are null."""
+    assert column(tmp_path, *values).to_list() == expected
+
+
+def test_a_csv_type_is_that_of_the_whole_file(tmp_path, monkeypatch):
+    """A value far down, blocks after the first, still counts: nothing turns null, nothing is cut."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+    found = column(tmp_path, *[str(n) for n in range(500)], "0.5")
+    assert (found.dtype, found[-1], found.null_count()) == (pl.Float64, 0.5, 0)
+
+
+def test_a_csv_time_with_an_offset_is_utc(tmp_path):
+    """An event time with an offset is turned to UTC."""
+    (tmp_path / "a.csv").write_text("t,x\n2013-01-02T01:00:00+02:00,1\n")
+    assert read_csv(tmp_path)["t"].to_list() == [datetime(2013, 1, 1, 23, tzinfo=UTC)]
+
+
+def test_a_csv_may_have_other_separators_and_null_values(tmp_path):
+    """`separator` and `null_values` of the pack are used."""
+    (tmp_path / "a.csv").write_text("t;x\n2013-01-01;-\n2013-01-01;1\n")
+    assert read_csv(tmp_path, separator=";", null_values=("-",))["x"].to_list() == [None, 1]
+
+
+@pytest.mark.parametrize(("ending", "pack_bytes"), [("gz", gzip.compress), ("bz2", bz2.compress)])
+def test_a_csv_may_be_compressed(ending, pack_bytes, tmp_path):
+    """Compressed files are unpacked by their ending."""
+    (tmp_path / f"a.csv.{ending}").write_bytes(pack_bytes(b"t,x\n2013-01-01,1\n"))
+    assert read_csv(tmp_path, f"*.{ending}")["x"].to_list() == [1]
+
+
+def test_a_csv_may_begin_with_a_byte_order_mark(tmp_path):
+    """A spreadsheet's UTF-8 mark is no part of the first column's name."""
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbft,x\n2013-01-01,1\n")
+    assert read_csv(tmp_path).columns == ["t", "x"]
+
+
+def test_a_lone_quote_within_a_field_is_no_open_field(tmp_path):
+    """An inch sign in a bare field is text, although it leaves an odd number of quotes."""
+    assert column(tmp_path, '5" pipe').to_list() == ['5" pipe']
+
+
+BAD_CSV = {
+    "a row too short": (b"t,x\n2013-01-01,1\n2013-01-02\n", "Expected 2 columns, got 1: 2013-01-02", "mend the row"),
+    "a row too long": (b"t,x\n2013-01-01,1,2\n", "Expected 2 columns, got 3", "mend the row"),
+    "cut within quotes": (b't,x\n2013-01-01,1\n2013-01-02,"abc\nd', "bad.csv:3: a quoted field is not closed", "cut"),
+    "nothing": (b"", "is empty", "header"),
+    "a column twice": (b"t,x,x\n", "column 'x' is there twice", "name of its own"),
+    "not UTF-8": (b"t,x\n2013-01-01,\xff\n", "bad.csv cannot be read", "UTF-8"),
+    "times unlike": (b"t,x\n2013-01-01,1\n02/01/2013,2\n", "holds String and no times, '02/01/2013'", "ISO 8601"),
+    "misspelt time": (b"tt,x\n", "bad.csv has no column 't'", "did you mean 'tt'?"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CSV)
+def test_a_bad_csv_is_refused(case, tmp_path):
+    """A CSV that is no whole table is refused: file, line or value, and fix."""
+    content, what, fix = BAD_CSV[case]
+    (tmp_path / "bad.csv").write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        read_csv(tmp_path)
+    assert what in caught.value.what
+    assert fix in caught.value.fix
+
+
+def test_a_truncated_archive_is_refused(tmp_path):
+    """A gzip file cut short gives no rows at all, not some."""
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"t,x\n" + b"2013-01-01,1\n" * 1000)[:-10])
+    with pytest.raises(SourceError, match=r"a\.csv\.gz cannot be read"):
+        read_csv(tmp_path, "*.gz")
+
+
+def test_a_zip_archive_is_refused(tmp_path):
+    """A zip may hold several files: reading one of them would drop the others in silence."""
+    (tmp_path / "a.csv.zip").write_bytes(b"PK")
+    with pytest.raises(SourceError, match="is an archive"):
+        read_csv(tmp_path, "*.zip")
+
+
+def parquet(folder: Path, row_group_size: int = 1000) -> Path:
+    """A month of hourly rows, with a checksum of each page."""
+    file = folder / "a.parquet"
+    rows = {"t": [START + timedelta(hours=n) for n in range(24 * 31)], "x": list(range(24 * 31))}
+    pq.write_table(pa.table(rows), file, row_group_size=row_group_size, write_page_checksum=True)
+    return file
+
+
+def damage(file: Path) -> None:
+    """Overwrite a few bytes within the first page."""
+    content = bytearray(file.read_bytes())
+    content[100:110] = b"damaged..."
+    file.write_bytes(content)
+
+
+def test_a_parquet_file_without_its_footer_is_refused(tmp_path):
+    """A file cut short is named, with what to do."""
+    file = parquet(tmp_path)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(SourceError, match=r"a\.parquet cannot be read") as caught:
+        read_parquet(tmp_path)
+    assert "not a whole Parquet file" in caught.value.fix
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path):
+    """Bytes overwritten within the data, footer intact, are noticed where the file has checksums."""
+    damage(parquet(tmp_path))
+    with pytest.raises(SourceError, match=r"a\.parquet cannot be read"):
+        read_parquet(tmp_path)
+
+
+def test_parquet_row_groups_outside_the_window_are_not_read(tmp_path):
+    """Damage in the first day's row group goes unnoticed by who reads the last day: it was never looked at."""
+    damage(parquet(tmp_path, row_group_size=24))
+    last = Window(start=START + timedelta(days=30), end=START + timedelta(days=31))
+    assert read_parquet(tmp_path, window=last)["x"].to_list() == list(range(720, 744))
+    with pytest.raises(SourceError, match=r"a\.parquet cannot be read"):
+        read_parquet(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [pl.Datetime("ms"), pl.Datetime("ns", "America/New_York"), pl.Date])
+def test_parquet_times_of_all_kinds(kind, tmp_path):
+    """Naive times are UTC, zoned ones are turned to it, a date is its midnight."""
+    days = pl.Series([date(2012, 12, 31), date(2013, 1, 1), date(2013, 2, 1)]).cast(pl.Datetime("us"))
+    utc = days.dt.replace_time_zone("UTC")
+    zoned = utc.dt.convert_time_zone("America/New_York") if kind == pl.Datetime("ns", "America/New_York") else days
+    pl.DataFrame({"t": zoned.cast(kind)}).write_parquet(tmp_path / "a.parquet")
+    assert read_parquet(tmp_path)["t"].to_list() == [START]
+
+
+def test_the_frames_of_a_read_job(tmp_path):
+    """Arrow files come back in the order of their names."""
+    for n in (1, 0):
+        pl.DataFrame({"x": [n]}).write_ipc(tmp_path / f"{n}.arrow")
+    assert [frame["x"][0] for frame in sources.frames(tmp_path)] == [0, 1]
+
+
+def test_a_truncated_frame_of_a_read_job_is_refused(tmp_path):
+    """A job killed while it wrote leaves nothing to be trusted."""
+    file = tmp_path / "0.arrow"
+    pl.DataFrame({"x": list(range(1000))}).write_ipc(file)
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(SourceError, match=r"0\.arrow cannot be read"):
+        list(sources.frames(tmp_path))
