@@ -396,8 +396,10 @@ class Registry:
 
         try:
             yield
-        except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ValueError) as error:
-            said = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ValueError, ImportError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            if password := urlsplit(self.uri).password:
+                said = said.replace(password, "***")
             if "out-of-date database schema" in said:
                 fix = f"back the database up, then: mlflow db upgrade {self.shown}"
             else:
@@ -415,6 +417,7 @@ def _mlflow() -> Any:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_UV_AUTO_DETECT": "false",  # it would take a uv.lock of the current folder for the model's
     }
     for name, value in quiet.items():

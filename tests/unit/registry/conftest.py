@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-
+from evergreen.pack import Data, Pack
 from evergreen.registry import lineage as parts
-from evergreen.pack import Data
 from evergreen.registry.lineage import Code, Environment, Lineage, Training, Validation
 from evergreen.registry.models import Registry
-from evergreen.run import Estimate, Hardware, Windows
+from evergreen.run import Estimate, Hardware, Run, Windows
 from evergreen.settings import Settings
 
 LOADER = '''
@@ -118,6 +120,23 @@ def settings_at(home: Path) -> Settings:
     return Settings.from_env({"EVERGREEN_HOME": str(home)})
 
 
+def run_of(name: str, run_id: str, settings: Settings) -> Run:
+    """A run of a pack called `name`."""
+    pack = Pack.model_validate(
+        {
+            "name": name,
+            "folder": settings.home / name,
+            "description": "Will it be late?",
+            "owner": "flights@example.com",
+            "source": {"kind": "parquet", "path": "rows/*.parquet"},
+            "data": {"target": "late", "event_time": "departure"},
+            "training": {"call": "model:train"},
+            "gate": {"primary": {"metric": "roc_auc", "min": 0.5}},
+        }
+    )
+    return Run(pack=pack, id=run_id, as_of=datetime(2013, 4, 1, tzinfo=UTC), reason="a test", settings=settings)
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("home")
@@ -128,6 +147,47 @@ def registry(home) -> Registry:
     return Registry(settings_at(home))
 
 
+@pytest.fixture(scope="session")
+def client(registry):
+    """What a stock MLflow client sees."""
+    import mlflow
+
+    registry.champion("nothing")  # makes the database
+    return mlflow.MlflowClient(registry.uri, registry_uri=registry.uri)
+
+
+@pytest.fixture(scope="session")
+def given():
+    """The functions above, for test modules that cannot import this file."""
+    return SimpleNamespace(
+        rows=rows, made_of=made_of, register=register, model_folder=model_folder, settings_at=settings_at, run_of=run_of
+    )
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return model_folder(tmp_path / "trained")
+
+
+@pytest.fixture(scope="session")
+def run_trials():
+    """Run `trials.py` in a process of its own, where children can be forked and killed; its answer."""
+
+    def run(place: Path, races: int, *calls: str) -> dict:
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("trials.py")), str(place), str(races), *calls],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trials(run_trials, tmp_path_factory) -> dict:
+    """What came of kills and races, few enough for every day."""
+    calls = ("log_model_artifacts#1", "create_model_version#1", "set_terminated#1")
+    return run_trials(tmp_path_factory.mktemp("trials"), 20, *calls)
