@@ -369,8 +369,8 @@ def lineage(
     as_json: AsJson = False,
 ) -> None:
     """What made a version: data, code, environment, hardware, parameters, metrics, verdict."""
-    version = _version(Settings.from_env(), model)
-    whole = version.lineage
+    registry, version = _version(Settings.from_env(), model)
+    whole = registry.lineage(version.name, version.version)
     if as_json:
         show_json(whole)
         return
@@ -398,7 +398,7 @@ def predict(
     from evergreen.stages.scoring import predict as predict_rows
 
     settings = Settings.from_env()
-    version = _version(settings, model)
+    _, version = _version(settings, model)
     predictions = predict_rows(settings, version, file)
     if output is not None:
         if output.suffix == ".csv":
@@ -416,13 +416,14 @@ def predict(
         out().print(f"{predictions.height} predictions of {version.name} version {version.version} in {output}")
 
 
-def _version(settings: Settings, model: str) -> Any:
+def _version(settings: Settings, model: str) -> tuple[Any, Any]:
     from evergreen.registry.models import Registry
 
     name, _, ref = model.partition("@")
     if not name:
         raise RegistryError(f"{model!r} names no model", fix="write MODEL@champion or MODEL@VERSION")
-    return Registry(settings).version(name, ref or "champion")
+    registry = Registry(settings)
+    return registry, registry.version(name, ref or "champion")
 
 
 @app.command()

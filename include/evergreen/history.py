@@ -1,12 +1,16 @@
-"""The events read as runs: how each ended, and why each of its stages ran or was skipped."""
+"""The events read as runs: how each ended, and why each of its stages ran or was skipped.
+
+Events are for ever, and the shapes of values change: what is read here is the JSON as it was written then.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from evergreen.database import Database, Event
 from evergreen.errors import StageError, nearest
-from evergreen.run import STAGE_VALUES, Evaluated, Promoted, Registered, Snapshot, Value
+from evergreen.run import STAGE_VALUES
 
 
 def runs_of(database: Database, pack: str, limit: int = 20) -> list[dict[str, Any]]:
@@ -27,11 +31,10 @@ def history_of(database: Database, run_id: str) -> dict[str, Any]:
         known = {str(event.run_id) for event in database.events(kind="run", newest_first=True, limit=50)}
         raise StageError(f"there is no run {run_id!r}", fix=nearest(run_id, known))
     stages, values = _stages(database, events)
-    evaluated, registered, promoted = (values.get(name) for name in ("evaluate", "register", "promote"))
+    evaluated, promoted = values.get("evaluate"), values.get("promote")
     failure = next((event.body for event in reversed(events) if event.kind == "failure"), None)
     if failure is not None and failure["stage"] in values:
         failure = None  # a later attempt succeeded
-    named = values.get("snapshot")
     return {
         "run_id": run_id,
         "pack": begin.pack,
@@ -41,14 +44,12 @@ def history_of(database: Database, run_id: str) -> dict[str, Any]:
         "outcome": _outcome(promoted, failure),
         "stages": stages,
         "failure": failure,
-        "verdict": promoted.verdict.model_dump(mode="json") if isinstance(promoted, Promoted) else None,
-        "version": registered.version if isinstance(registered, Registered) else None,
-        "champion": promoted.champion if isinstance(promoted, Promoted) else None,
-        "metrics": _metrics(evaluated) if isinstance(evaluated, Evaluated) else None,
-        "judged_against": evaluated.champion.version
-        if isinstance(evaluated, Evaluated) and evaluated.champion is not None
-        else None,
-        "snapshot": named.tag if isinstance(named, Snapshot) else None,
+        "verdict": promoted["verdict"] if promoted else None,
+        "version": values["register"]["version"] if "register" in values else None,
+        "champion": promoted["champion"] if promoted else None,
+        "metrics": _metrics(evaluated) if evaluated else None,
+        "judged_against": evaluated["champion"]["version"] if evaluated and evaluated["champion"] else None,
+        "snapshot": values["snapshot"]["tag"] if "snapshot" in values else None,
     }
 
 
@@ -71,10 +72,10 @@ def why_run(database: Database, run_id: str) -> list[dict[str, Any]]:
     return answers
 
 
-def _stages(database: Database, events: list[Event]) -> tuple[list[dict[str, Any]], dict[str, Value]]:
-    """What the live view and the tables show of each stage, and the values."""
+def _stages(database: Database, events: list[Event]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """What the live view and the tables show of each stage; and the values, as they were written then."""
     rows: dict[str, dict[str, Any]] = {}
-    values: dict[str, Value] = {}
+    values: dict[str, dict[str, Any]] = {}
     for event in events:
         stage: str = event.body.get("stage", "")
         if event.kind == "failure":
@@ -82,43 +83,41 @@ def _stages(database: Database, events: list[Event]) -> tuple[list[dict[str, Any
         elif event.kind in ("stage", "receipt"):
             source = event if event.kind == "stage" else database.latest(event.pack, kind="stage", key=event.key)
             assert source is not None, "a receipt names a stage event"
-            value = STAGE_VALUES[stage].model_validate(source.body["value"])
-            values[stage] = value
+            values[stage] = source.body["value"]
             rows[stage] = {
                 "stage": stage,
                 "state": "done" if event.kind == "stage" else "skipped",
-                "summary": value.summary(),  # type: ignore[attr-defined]
+                "summary": source.body["summary"],
                 "seconds": event.body["seconds"],
             }
     return [rows[name] for name in STAGE_VALUES if name in rows], values
 
 
-def _outcome(promoted: Value | None, failure: Any) -> str:
-    if isinstance(promoted, Promoted):
-        if promoted.previous == promoted.version == promoted.champion:
-            return "unchanged"
-        if promoted.verdict.decision == "promote":
-            return "promoted" if promoted.champion == promoted.version else "superseded"
-        return {"reject": "rejected", "review": "review"}[promoted.verdict.decision]
-    return "failed" if failure else "running"
+def _outcome(promoted: Mapping[str, Any] | None, failure: Any) -> str:
+    if promoted is None:
+        return "failed" if failure else "running"
+    if promoted["previous"] == promoted["version"] == promoted["champion"]:
+        return "unchanged"
+    if promoted["verdict"]["decision"] == "promote":
+        return "promoted" if promoted["champion"] == promoted["version"] else "superseded"
+    return {"reject": "rejected", "review": "review"}[promoted["verdict"]["decision"]]
 
 
-def _metrics(evaluated: Evaluated) -> dict[str, dict[str, float | None]]:
+def _metrics(evaluated: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Per metric, the primary one first: the challenger's figure and interval, the champion's, and the difference's."""
-    champion = evaluated.champion.metrics if evaluated.champion else {}
-    differences = {found.metric: found.estimate for found in evaluated.differences if found.by is None}
-    names = sorted(evaluated.challenger.metrics, key=lambda name: (name != evaluated.primary, name))
-    rows: dict[str, dict[str, float | None]] = {}
-    for name in names:
-        estimate, difference = evaluated.challenger.metrics[name], differences.get(name)
+    nothing = {"value": None, "low": None, "high": None}
+    champion = (evaluated["champion"] or {}).get("metrics", {})
+    differences = {found["metric"]: found["estimate"] for found in evaluated["differences"] if found["by"] is None}
+    figures = evaluated["challenger"]["metrics"]
+    rows = {}
+    for name in sorted(figures, key=lambda name: (name != evaluated.get("primary"), name)):
+        difference = differences.get(name, nothing)
         rows[name] = {
-            "value": estimate.value,
-            "low": estimate.low,
-            "high": estimate.high,
-            "champion": champion[name].value if name in champion else None,
-            "difference": difference.value if difference else None,
-            "difference_low": difference.low if difference else None,
-            "difference_high": difference.high if difference else None,
+            **figures[name],
+            "champion": champion.get(name, nothing)["value"],
+            "difference": difference["value"],
+            "difference_low": difference["low"],
+            "difference_high": difference["high"],
         }
     return rows
 

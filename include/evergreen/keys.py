@@ -18,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pydantic import ValidationError
+
 from evergreen import database as db
 from evergreen.database import Database, Event
 from evergreen.errors import EvergreenError
@@ -143,10 +145,10 @@ def perform(
         with database.lease(f"stage:{run.pack.name}", run.id, wait_s=run.pack.training.timeout.total_seconds()):
             before = database.latest(run.pack.name, kind="stage", key=key)
             if before is not None and (before.run_id == run.id or not run.force):
-                value = result.model_validate(before.body["value"])
-                if all(intact(ref) for ref in outputs(value)):
+                known = _value(result, before)
+                if known is not None and all(intact(ref) for ref in outputs(known)):
                     seconds = time.monotonic() - began
-                    return _receipt(database, run, stage, key, before, value, seconds)
+                    return _receipt(database, run, stage, key, before, known, seconds)
                 note(run, stage, "progress", f"what {before.run_id} left is missing or altered: done again")
             value = act()
             seconds = time.monotonic() - began
@@ -154,6 +156,7 @@ def perform(
                 "stage": stage,
                 "parts": parts,
                 "value": value.model_dump(mode="json"),
+                "summary": summary(value),
                 "seconds": round(seconds, 3),
             }
             database.append(run.pack.name, "stage", body, run_id=run.id, key=key)
@@ -167,6 +170,14 @@ def perform(
 def summary(value: Value) -> str:
     """One line on a stage's value."""
     return str(value.summary()) if hasattr(value, "summary") else ""
+
+
+def _value(result: type[V], event: Event) -> V | None:
+    """The value in an event; None when an older Evergreen wrote it in a shape that is no longer known."""
+    try:
+        return result.model_validate(event.body["value"])
+    except ValidationError:
+        return None
 
 
 def _receipt(database: Database, run: Run, stage: str, key: str, before: Event, value: V, seconds: float) -> V:
