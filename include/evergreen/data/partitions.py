@@ -1,7 +1,8 @@
 """Rows become partitions: one canonical Parquet file per period, whose identity is the hash of its rows.
 
 A partition is a function of its period's rows alone: whatever order and chunks a source hands them over in, and
-whatever else it hands over beside them, the same rows give the same identity and the same bytes.
+whatever else it hands over beside them, the same rows give the same identity and the same bytes. (Rows of the same
+types, that is: pandas makes a column of ints float in those frames where a value is missing.)
 
 - Columns: event time first, the others sorted by name.
 - Rows: sorted by event time, then by all other columns in that order.

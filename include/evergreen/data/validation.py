@@ -113,8 +113,9 @@ def records(content: Mapping[str, Any]) -> dict[str, Record]:
 
 
 def suite_hash(expectations: Sequence[Expectation]) -> str:
-    """sha256 over types and arguments, in their order."""
-    content = [[expectation.type, expectation.arguments] for expectation in expectations]
+    """sha256 over types and arguments, in their order, and over which are row-local: records are kept under it."""
+    rules = [_Rule(index, expectation, Path()) for index, expectation in enumerate(expectations)]
+    content = [[rule.type, rule.arguments, rule.is_row_local] for rule in rules]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
