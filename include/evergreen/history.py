@@ -134,7 +134,7 @@ def _why_it_ran(database: Database, event: Event) -> dict[str, Any]:
     )
     if before is None:
         return {"stage": stage, "what": "ran", "because": "for the first time", "changed": []}
-    changed = sorted(_differences(before.body["parts"], event.body["parts"]))
+    changed = sorted(set(_differences(before.body["parts"], event.body["parts"])))
     shown = [name for name in changed if name != "inputs.run"]
     if "inputs.run" in changed:
         because = {"ingest": "every run looks at the source once", "promote": "every run asks the gate once"}[stage]
@@ -146,12 +146,18 @@ def _why_it_ran(database: Database, event: Event) -> dict[str, Any]:
     return {"stage": stage, "what": "ran", "because": because, "changed": shown}
 
 
-def _differences(before: Any, after: Any, where: str = "") -> list[str]:
-    """Dotted names of what differs between two nested mappings."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        return [
-            name
-            for key in before.keys() | after.keys()
-            for name in _differences(before.get(key), after.get(key), f"{where}.{key}" if where else key)
-        ]
-    return [] if before == after else [where]
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs between the parts of two keys, as `code`, `inputs.data`, `parameters.params.epochs`, …"""
+    found = []
+    for part in before.keys() | after.keys():
+        old, new = before.get(part), after.get(part)
+        if isinstance(old, dict) and isinstance(new, dict):
+            depth = (
+                _differences(old, new)
+                if part in ("inputs", "parameters", "environment", "params")
+                else [""] * (old != new)
+            )
+            found += [f"{part}.{name}" if name else part for name in depth]
+        elif old != new:
+            found.append(part)
+    return found

@@ -350,7 +350,7 @@ def promote(run: Run, snapshot: Snapshot, trained: Trained, evaluated: Evaluated
     registry = Registry(run.settings)
 
     def act() -> Promoted:
-        promotion.settle(database, registry, pack.name)
+        promotion.settle(database, registry, pack.name, holder=run.id)
         champion = registry.champion(pack.name)
         previous = champion.version if champion else None
         if champion is not None and champion.version == registered.version:
