@@ -1,0 +1,496 @@
+"""The built-in trainer for tables: `tabular.train(data, job)`. Numbers, categories and missing values as they come.
+
+Every feature becomes a place among rows of one table of embeddings (`tabular_loader` says how, and serves the model):
+a category has a row of its own, a number is interpolated between rows at its quantiles, which makes it a learned
+piecewise-linear function (Gorishniy et al. 2022, "On Embeddings for Numerical Features in Tabular Deep Learning").
+On top, `members` small networks share the table, are trained side by side in the same matrix products, each on its
+own loss, and are averaged when predicting (after Gorishniy et al. 2025, "TabM", without its shared weights).
+
+The encoded rows stay on the device as one tensor, and a batch is an index into it. On a GPU the products are in
+bfloat16, and a long training is compiled. The same seed on the same machine gives the same bytes: algorithms are
+deterministic, the number of threads is fixed, and what is random in an epoch depends on seed and epoch alone, so that
+a training that was killed and resumed from its checkpoint ends as an undisturbed one would.
+
+Not here: columns that hold instants (turn them into numbers first), data larger than the device's memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+from torch.nn import functional
+
+from evergreen.errors import TrainingError, nearest
+from evergreen.training import tabular_loader
+from evergreen.training.tabular_loader import UNSEEN, encode, first_rows, rows_of
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from evergreen.training.jobs import Job, TrainingData
+
+REPORT_EVERY = 16
+"""Batches between two reports: each makes a GPU wait for the loss."""
+
+COMPILE_FROM_BATCHES = 2000
+"""Compiling takes about half a minute: shorter trainings are over sooner without."""
+
+ROWS_AT_ONCE = 16384
+"""Rows of the validation window that are scored together."""
+
+
+class Params(BaseModel):
+    """`training.params` of a pack that uses this trainer. The defaults suit 10 thousand to a few million rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=5, ge=1)
+    """The most passes over the training rows; the learning rate falls to zero over as many."""
+    patience: int = Field(default=2, ge=1)
+    """Stop after so many epochs without a lower validation loss."""
+    batch_size: int = Field(default=1024, ge=1)
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """The highest, after a fifth of the epochs."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    hidden: tuple[int, ...] = (64,)
+    """Width of each hidden layer of each member."""
+    members: int = Field(default=4, ge=1)
+    """Networks whose predictions are averaged."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    embedding: int = Field(default=8, ge=1)
+    """Numbers that stand for each feature."""
+    bins: int = Field(default=8, ge=1)
+    """Quantile intervals of a numeric feature."""
+    min_count: int = Field(default=20, ge=1)
+    """A category that is rarer in the training window is taken as unseen."""
+    threads: int = Field(default=2, ge=1)
+    """On the CPU. Fixed, since sums depend on how they are split: more is faster, and another model."""
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Params:
+        """Checked params. Raises TrainingError naming the wrong one, with the nearest that exists."""
+        try:
+            return cls.model_validate(dict(params))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = str(first["loc"][0])
+            if first["type"] == "extra_forbidden":
+                raise TrainingError(
+                    f"training.params: {name!r} is not a parameter of the tabular trainer",
+                    fix=nearest(name, cls.model_fields),
+                ) from error
+            raise TrainingError(
+                f"training.params.{name}: {first['input']!r}: {first['msg']}", fix=f"change {name}, or leave it out"
+            ) from error
+
+
+def train(data: TrainingData, job: Job, *, drop: Sequence[str] = ()) -> None:
+    """Train on every column but the target, the event time and those in `drop`; leave the model in `job.model_dir`.
+
+    A binary target is a bool or 0 and 1, a multiclass one anything with equality, a regression one a number. Raises
+    TrainingError for wrong params, a target with nulls or a single value, a column it cannot take, and a loss that is
+    not finite.
+    """
+    params = Params.of(job.params)
+    columns = _columns(data, drop)
+    job.describe(inputs=columns, requirements=["numpy", "pandas", "safetensors"])
+    target = Target.of(data)
+    features = [_feature(data.train[name], params) for name in columns]
+    positions = encode(data.train.select(columns).to_pandas(), features)
+    held = encode(data.validation.select(columns).to_pandas(), features)
+    with reproducible(job.device, params.threads):
+        torch.manual_seed(job.seed)
+        network = Network(features, target.outputs, params).to(job.device)
+        fit(
+            network,
+            Rows.of(positions, target.encode(data.train[data.target]), target.task, job.device),
+            Rows.of(held, target.encode(data.validation[data.target]), target.task, job.device),
+            params,
+            job,
+        )
+    preprocessing = {
+        "task": target.task,
+        "classes": target.classes,
+        "target": {"mean": target.mean, "scale": target.scale},
+        "features": features,
+        "trained_with": {"torch": torch.__version__, "device": job.device, "threads": params.threads},
+    }
+    _write(job.model_dir, network, preprocessing)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How the target column becomes what the network is trained on, and back."""
+
+    task: str
+    classes: list[Any]
+    """Of a multiclass target, sorted."""
+    mean: float = 0.0
+    scale: float = 1.0
+    """Of a regression target."""
+
+    @classmethod
+    def of(cls, data: TrainingData) -> Target:
+        """From the training window. Raises TrainingError for nulls in either window and for a single value."""
+        for window, rows in (("training", data.train), ("validation", data.validation)):
+            _check_target(rows, window, data)
+        values = data.train[data.target]
+        if data.task == "multiclass":
+            return cls(task="multiclass", classes=values.unique().sort().to_list())
+        if data.task == "binary":
+            return cls(task="binary", classes=[])
+        numbers = values.to_numpy().astype(np.float64)
+        return cls(task="regression", classes=[], mean=float(numbers.mean()), scale=float(numbers.std()))
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the network gives for a row."""
+        return len(self.classes) if self.task == "multiclass" else 1
+
+    def encode(self, values: pl.Series) -> NDArray[np.float32]:
+        """0 or 1, a class's index, or the standardised value, for each row; -1 for a class not in the training window."""
+        if self.task == "multiclass":
+            index = {value: position for position, value in enumerate(self.classes)}
+            return np.array([index.get(value, -1) for value in values.to_list()], dtype=np.float32)
+        numbers = values.to_numpy().astype(np.float64)
+        return ((numbers - self.mean) / self.scale).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows, resident on the device."""
+
+    positions: Tensor
+    """(n, features) float; see `tabular_loader.encode`."""
+    target: Tensor
+    """(n,) float; for multiclass int64."""
+    task: str
+
+    @classmethod
+    def of(cls, positions: NDArray[np.float32], target: NDArray[np.float32], task: str, device: str) -> Rows:
+        """On `device`. Rows of a class that training has not seen are left out: no loss is defined for them."""
+        known = target >= 0 if task == "multiclass" else np.full(len(target), fill_value=True)
+        wanted = torch.from_numpy(target[known]).to(device)
+        return cls(
+            positions=torch.from_numpy(positions[known]).to(device),
+            target=wanted.long() if task == "multiclass" else wanted,
+            task=task,
+        )
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+
+class Network(nn.Module):
+    """The table and the members on top of it. positions (n, features) → outputs (members, n, outputs)."""
+
+    first_rows: Tensor
+
+    def __init__(self, features: Sequence[Mapping[str, Any]], outputs: int, params: Params) -> None:
+        super().__init__()
+        self.dropout = params.dropout
+        self.register_buffer("first_rows", torch.from_numpy(first_rows(features)), persistent=False)
+        # One row more than there are: a value at the very last row is interpolated with weight 0 towards the next.
+        rows = [_initial_rows(feature, params.embedding) for feature in features]
+        self.table = nn.Parameter(torch.cat([*rows, torch.zeros(1, params.embedding)]))
+        widths = [len(features) * params.embedding, *params.hidden]
+        self.weights = nn.ParameterList(
+            _uniform(params.members, before, after) for before, after in itertools.pairwise(widths)
+        )
+        self.biases = nn.ParameterList(torch.zeros(params.members, 1, width) for width in params.hidden)
+        self.output_weight = nn.Parameter(_uniform(params.members, widths[-1], outputs))
+        self.output_bias = nn.Parameter(torch.zeros(params.members, 1, outputs))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        low = positions.floor()
+        rows = low.long() + self.first_rows
+        low_rows, high_rows = functional.embedding(rows, self.table), functional.embedding(rows + 1, self.table)
+        members = torch.lerp(low_rows, high_rows, (positions - low)[..., None]).flatten(1)[None]
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            members = functional.dropout(torch.relu(_product(members, weight) + bias), self.dropout, self.training)
+        return _product(members, self.output_weight) + self.output_bias
+
+    def export(self) -> dict[str, NDArray[np.float32]]:
+        """The weights by the names that `tabular_loader` reads."""
+        named = {
+            "table": self.table,
+            "output.weight": self.output_weight,
+            "output.bias": self.output_bias,
+            **{f"hidden.{layer}.weight": weight for layer, weight in enumerate(self.weights)},
+            **{f"hidden.{layer}.bias": bias for layer, bias in enumerate(self.biases)},
+        }
+        return {name: tensor.detach().cpu().numpy() for name, tensor in named.items()}
+
+
+def fit(network: Network, rows: Rows, held: Rows, params: Params, job: Job) -> None:
+    """Train `network` on `rows`; it ends with the weights of the epoch that had the lowest loss on `held`."""
+    batches = math.ceil(len(rows) / params.batch_size)
+    of = params.epochs * batches
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=params.weight_decay, fused=True)
+    state = _Progress.resumed(network, optimizer, job)
+    step = torch.compile(network) if job.device == "cuda" and of >= COMPILE_FROM_BATCHES else network
+    for epoch in range(state.epochs, params.epochs):
+        if epoch - state.best_epoch > params.patience:
+            break
+        torch.manual_seed(job.seed * 1_000_003 + epoch)
+        total, seen, started = torch.zeros((), device=job.device), 0, time.perf_counter()
+        network.train()
+        for batch, chosen in enumerate(torch.split(torch.randperm(len(rows), device=job.device), params.batch_size)):
+            done = epoch * batches + batch
+            optimizer.param_groups[0]["lr"] = params.learning_rate * _schedule(done / of)
+            with torch.autocast("cuda", torch.bfloat16, enabled=job.device == "cuda"):
+                outputs = step(rows.positions[chosen])
+            loss = _loss(outputs.float(), rows.target[chosen], rows.task)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += loss.detach() * len(chosen)
+            seen += len(chosen)
+            if batch % REPORT_EVERY == 0 and batch + 1 < batches:
+                job.progress(done + 1, of, loss=float(total) / seen)
+        mean_loss = float(total) / seen
+        samples_per_s = seen / (time.perf_counter() - started)
+        metrics = {"loss": mean_loss, "samples_per_s": samples_per_s, **validate(network, held)}
+        job.progress((epoch + 1) * batches, of, **metrics)
+        state.add(epoch, metrics, network)
+        state.keep(optimizer, network, job)
+    network.load_state_dict(state.best)
+    job.progress(of, of, **state.metrics)
+
+
+def validate(network: Network, held: Rows) -> dict[str, float]:
+    """Loss and a metric of the averaged predictions on the validation rows: roc_auc, accuracy or r2 by the task.
+
+    roc_auc is absent where only one class is there.
+    """
+    network.eval()
+    with torch.no_grad():
+        outputs = (
+            torch.cat([network(part) for part in torch.split(held.positions, ROWS_AT_ONCE)], dim=1)
+            .double()
+            .cpu()
+            .numpy()
+        )
+    truth = held.target.cpu().numpy()
+    if held.task == "multiclass":
+        predicted = tabular_loader.softmax(outputs).mean(axis=0)
+        loss = -np.log(np.clip(predicted[np.arange(len(truth)), truth], 1e-15, None)).mean()
+        metric = {"validation_accuracy": float((predicted.argmax(axis=1) == truth).mean())}
+    elif held.task == "binary":
+        predicted = tabular_loader.sigmoid(outputs[..., 0]).mean(axis=0)
+        right = np.clip(np.where(truth > 0.5, predicted, 1 - predicted), 1e-15, None)
+        loss = -np.log(right).mean()
+        metric = {"validation_roc_auc": roc_auc(truth, predicted)} if 0 < truth.mean() < 1 else {}
+    else:
+        predicted = outputs[..., 0].mean(axis=0)
+        loss = np.square(predicted - truth).mean()
+        metric = {"validation_r2": float(1 - loss / max(truth.var(), 1e-15))}
+    return {"validation_loss": float(loss), **metric}
+
+
+def roc_auc(truth: NDArray[Any], predicted: NDArray[Any]) -> float:
+    """Area under the ROC curve by the Mann-Whitney statistic, ties at half; `truth` (n,) is 0 or 1, both there."""
+    _, place, counts = np.unique(predicted, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    positive = truth > 0.5
+    ones = int(positive.sum())
+    return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * (len(truth) - ones)))
+
+
+@contextmanager
+def reproducible(device: str, threads: int) -> Iterator[None]:
+    """Deterministic algorithms and so many threads, within; afterwards all is as it was, the random state included."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    if device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device == "cuda" else []):
+        try:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(mode=True)
+            yield
+        finally:
+            torch.set_num_threads(before[0])
+            torch.use_deterministic_algorithms(mode=before[1])
+
+
+class _Progress:
+    """What must outlive a kill: the epochs done, the best of them, and the optimizer's memory."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+        self.best_epoch = 0
+        self.metrics: dict[str, float] = {}
+        """Of the best epoch."""
+        self.best: dict[str, Tensor] = {}
+        """Weights of the best epoch."""
+
+    @classmethod
+    def resumed(cls, network: Network, optimizer: torch.optim.Optimizer, job: Job) -> _Progress:
+        """From the job's checkpoint, with network and optimizer set to it; from the beginning where there is none."""
+        progress = cls()
+        found = job.checkpoint.load()
+        if found is None:
+            return progress
+        progress.epochs, tensors, kept = found
+        progress.best_epoch, progress.metrics = kept["best_epoch"], kept["metrics"]
+        progress.best = {name: tensor.to(job.device) for name, tensor in _under("best", tensors).items()}
+        network.load_state_dict(_under("network", tensors))
+        memory: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimizer", tensors).items():
+            index, _, key = name.partition(".")
+            memory.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": memory, "param_groups": optimizer.state_dict()["param_groups"]})
+        return progress
+
+    def add(self, epoch: int, metrics: dict[str, float], network: Network) -> None:
+        """Take note of an epoch that is done."""
+        self.epochs = epoch + 1
+        if not self.best or metrics["validation_loss"] < self.metrics["validation_loss"]:
+            self.best_epoch, self.metrics = epoch, metrics
+            self.best = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+    def keep(self, optimizer: torch.optim.Optimizer, network: Network, job: Job) -> None:
+        """Write the checkpoint."""
+        memory = optimizer.state_dict()["state"]
+        tensors = {
+            **{f"network.{name}": tensor for name, tensor in network.state_dict().items()},
+            **{f"best.{name}": tensor for name, tensor in self.best.items()},
+            **{f"optimizer.{index}.{key}": value for index, kept in memory.items() for key, value in kept.items()},
+        }
+        job.checkpoint.save(self.epochs, tensors, {"best_epoch": self.best_epoch, "metrics": self.metrics})
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): kept for name, kept in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _schedule(done: float) -> float:
+    """Share of the highest learning rate when this share of the steps is done: up in a fifth, then down by a cosine."""
+    if done < 0.2:
+        return 0.04 + 0.96 * done / 0.2
+    return 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
+
+
+def _loss(outputs: Tensor, target: Tensor, task: str) -> Tensor:
+    """The mean over members and rows: each member learns for itself."""
+    if task == "multiclass":
+        return functional.cross_entropy(outputs.flatten(0, 1), target.repeat(len(outputs)))
+    values = outputs.squeeze(-1)
+    wanted = target.expand_as(values)
+    if task == "binary":
+        return functional.binary_cross_entropy_with_logits(values, wanted)
+    return functional.mse_loss(values, wanted)
+
+
+def _product(members: Tensor, weight: Tensor) -> Tensor:
+    """(1 or members, n, before) times (members, before, after) → (members, n, after).
+
+    What all members share, (1, n, before), is multiplied once with the weights side by side: one large product.
+    """
+    if len(members) == len(weight):
+        return torch.bmm(members, weight)
+    count, before, after = weight.shape
+    side_by_side = members[0] @ weight.transpose(0, 1).reshape(before, count * after)
+    return side_by_side.view(-1, count, after).transpose(0, 1)
+
+
+def _uniform(members: int, before: int, after: int) -> Tensor:
+    return (torch.rand(members, before, after) * 2 - 1) / math.sqrt(before)
+
+
+def _initial_rows(feature: Mapping[str, Any], width: int) -> Tensor:
+    """A category's rows are random; a number's lie on a line, so that it enters as its rank and bends from there."""
+    spread = 0.5 / math.sqrt(width)
+    if feature["kind"] == "category":
+        return torch.randn(rows_of(feature), width) * spread
+    ranks = torch.linspace(-(3**0.5), 3**0.5, len(feature["knots"]))
+    return torch.cat([torch.zeros(1, width), ranks[:, None] * torch.randn(1, width) * spread])
+
+
+def _columns(data: TrainingData, drop: Sequence[str]) -> list[str]:
+    """The features. Raises TrainingError for a dropped one that is not there, and for one of a type it cannot take."""
+    import polars as pl
+
+    for name in drop:
+        if name not in data.features:
+            raise TrainingError(
+                f"tabular.train(drop=…): there is no feature {name!r}", fix=nearest(name, data.features)
+            )
+    columns = [name for name in data.features if name not in drop]
+    for name in columns:
+        kind = data.train.schema[name]
+        if not (kind.is_numeric() or kind in (pl.String, pl.Boolean, pl.Categorical, pl.Enum, pl.Null)):
+            raise TrainingError(
+                f"the column {name!r} holds {kind}, which the tabular trainer cannot take",
+                fix=f"turn it into numbers or text where the rows are read, or call tabular.train(…, drop=[{name!r}])",
+            )
+    if not columns:
+        raise TrainingError("the data has no feature: every column is dropped", fix="leave tabular.train some columns")
+    return columns
+
+
+def _feature(values: pl.Series, params: Params) -> dict[str, Any]:
+    """What `tabular_loader.encode` needs to know of a column, from its training rows."""
+    import polars as pl
+
+    if values.dtype in (pl.String, pl.Categorical, pl.Enum):
+        counts = values.cast(pl.String).drop_nulls().value_counts(name="rows")
+        common = counts.filter(pl.col("rows") >= params.min_count).sort(["rows", values.name], descending=[True, False])
+        vocabulary = {value: row for row, value in enumerate(common[values.name].to_list(), start=UNSEEN + 1)}
+        return {"name": values.name, "kind": "category", "vocabulary": vocabulary}
+    numbers = values.cast(pl.Float64).drop_nulls().to_numpy()
+    numbers = numbers[np.isfinite(numbers)]
+    knots = np.unique(np.quantile(numbers, np.linspace(0, 1, params.bins + 1))) if len(numbers) else np.zeros(1)
+    return {"name": values.name, "kind": "number", "knots": knots.tolist()}
+
+
+def _check_target(rows: pl.DataFrame, window: str, data: TrainingData) -> None:
+    """Raises TrainingError where the target is null, not of its task, or, in the training window, always the same."""
+    values = rows[data.target]
+    times = rows[data.event_time]
+    where = f"{data.target!r} in the {window} window ({times.min()!s} … {times.max()!s}, {rows.height} rows)"
+    numeric = data.task != "multiclass"
+    if numeric and not (values.dtype.is_numeric() or str(values.dtype) == "Boolean"):
+        raise TrainingError(
+            f"{where} holds {values.dtype}, and data.task is {data.task}",
+            fix="make it a number (0 and 1, or a bool, for binary), or write data.task: multiclass",
+        )
+    empty = values.null_count() + (int((~values.is_finite()).sum()) if values.dtype.is_float() else 0)
+    if empty:
+        raise TrainingError(
+            f"{where} has {empty} without a value",
+            fix="leave such rows out where they are read, or expect_column_values_to_not_be_null of it",
+        )
+    if window == "training" and values.n_unique() < 2:
+        only = f"{values.to_list()[0]!r} in all" if rows.height else "nothing"
+        raise TrainingError(f"{where} holds {only}: there is nothing to tell apart", fix="make data.train longer")
+    if data.task == "binary" and not set(values.unique().to_list()) <= {0, 1}:
+        found = values.value_counts(sort=True).head(5).rows()
+        raise TrainingError(
+            f"{where} holds {', '.join(f'{value!r} ({count} times)' for value, count in found)}, and data.task is binary",
+            fix="make it 0 and 1, or a bool, or write data.task: multiclass",
+        )
+
+
+def _write(folder: Path, network: Network, preprocessing: dict[str, Any]) -> None:
+    """The model folder: the loader, the weights, and what turns raw columns into places."""
+    from safetensors.numpy import save_file
+
+    shutil.copyfile(Path(tabular_loader.__file__), folder / "loader.py")
+    save_file(network.export(), folder / "weights.safetensors")
+    (folder / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n", encoding="utf-8")
