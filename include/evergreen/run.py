@@ -149,8 +149,10 @@ class Manifest(Value):
     dataset: str
     partition: Partition
     columns: dict[str, str]
-    """Column → canonical type: bool, int, float, string, datetime, date."""
+    """Column → canonical type: bool, int, float, string, datetime, date; null where no row has a value."""
     partitions: tuple[PartitionFile, ...]
+    covered: Window | None = None
+    """Every period in it was looked at: one without a partition had no rows. Ends with the last that has some."""
 
     @property
     def rows(self) -> int:

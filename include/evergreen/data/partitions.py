@@ -122,11 +122,12 @@ def load(paths: Iterable[Path]) -> pl.DataFrame:
 
 
 def to_read(known: Manifest | None, window: Window, partition: Partition, lookback: int) -> list[Window]:
-    """The parts of `window` to read: periods that are not known, and the last `lookback` known ones for late rows.
+    """The parts of `window` to read: periods not looked at before, and the last `lookback` others for late rows.
 
     Neighbouring periods are read together; the windows touch nowhere and lie within `window`.
     """
-    have = {part.period for part in known.within(_whole(window, partition))} if known else set()
+    covered = known.covered if known else None
+    have = {period for period in periods(window, partition) if covered and covered.start <= period < covered.end}
     again = set(sorted(have)[len(have) - min(lookback, len(have)) :])
     windows: list[Window] = []
     for period in periods(window, partition):
@@ -171,7 +172,8 @@ def merge(
         first = period_name(min(new), partition) if new else "nothing"
         types = agree(known.columns, columns, f"dataset {dataset}: {first}, read now") if columns else known.columns
     parts = tuple(merged[period] for period in sorted(merged))
-    manifest = Manifest(dataset=dataset, partition=partition, columns=types, partitions=parts)
+    covered = Window(start=_whole(window, partition).start, end=step(parts[-1].period, partition)) if parts else None
+    manifest = Manifest(dataset=dataset, partition=partition, columns=types, partitions=parts, covered=covered)
     return manifest, tuple(late), sum(1 for part in parts if old.get(part.period) == part)
 
 

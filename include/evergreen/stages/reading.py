@@ -58,7 +58,9 @@ def observe(
                 folder=out,
                 origin=f"pack {run.pack.name}: source {run.pack.source.kind}",
             )
-            columns = columns or read.columns
+            columns = partitions.agree(
+                columns, read.columns, f"pack {run.pack.name}: the source from {part.start:%Y-%m-%d}"
+            )
             written += [
                 PartitionFile(period=file.period, rows=file.rows, identity=file.identity, object=store.put(file.path))
                 for file in read.files

@@ -273,7 +273,11 @@ def test_a_record_batch_is_a_frame(tmp_path):
 def manifest(*days: int, identity: str = "i", columns: dict[str, str] | None = None) -> Manifest:
     parts = tuple(part(n, f"{identity}{n}") for n in days)
     return Manifest(
-        dataset="flights", partition="day", columns=columns or {"t": "datetime", "y": "int"}, partitions=parts
+        dataset="flights",
+        partition="day",
+        columns=columns or {"t": "datetime", "y": "int"},
+        partitions=parts,
+        covered=Window(start=day(min(days)), end=day(max(days) + 1)),
     )
 
 
@@ -297,10 +301,22 @@ def test_the_new_day_and_the_lookback_are_read_in_one_go():
     assert found == [Window(start=day(4), end=day(7))]
 
 
-def test_gaps_are_read_by_themselves():
-    """Periods that are not known are read wherever they lie."""
-    found = partitions.to_read(manifest(0, 1, 3, 4, 5, 6), WEEK, "day", 0)
-    assert found == [Window(start=day(2), end=day(3))]
+def test_a_period_known_to_be_empty_is_not_read_again():
+    """A weekend without rows was looked at: it costs no second look, and no window of its own."""
+    found = partitions.to_read(manifest(0, 1, 4), WEEK, "day", 0)
+    assert found == [Window(start=day(5), end=day(7))]
+
+
+def test_what_lies_before_the_known_periods_is_read():
+    """A window that reaches further back than the last look reads the days before it, and the new ones."""
+    found = partitions.to_read(manifest(2, 3, 4), WEEK, "day", 0)
+    assert found == [Window(start=day(0), end=day(2)), Window(start=day(5), end=day(7))]
+
+
+def test_periods_after_the_last_row_are_not_covered():
+    """A feed that is late by days is found when it comes: only what lies before a row counts as looked at."""
+    merged, _, _ = merge(None, [part(0, "i0"), part(3, "i3")], [WEEK])
+    assert merged.covered == Window(start=day(0), end=day(4))
 
 
 def test_a_known_period_outside_the_window_is_no_lookback():
