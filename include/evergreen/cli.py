@@ -33,6 +33,7 @@ from evergreen.errors import EvergreenError, PackError, RegistryError
 from evergreen.history import history_of, runs_of, why_run
 from evergreen.keys import Note
 from evergreen.pack import Pack, find, load, parse_instant
+from evergreen.run import STAGE_VALUES
 from evergreen.settings import Settings
 
 app = typer.Typer(
@@ -149,11 +150,14 @@ def _execute(settings: Settings, pack: Pack, conf: dict[str, Any], view: RunView
     logs.mkdir(parents=True, exist_ok=True)
     if "airflow" in embedded.services(settings):
         database = db.connect(settings.database_url)
+
+        def follow(run_id: str) -> None:
+            if database.latest(pack.name, kind="run", run_id=run_id):  # written by its first task
+                view.follow(history_of(database, run_id))
+
         with view.live():
-            finished = embedded.run_through_scheduler(
-                settings, pack.name, conf, lambda run_id: view.follow(history_of(database, run_id))
-            )
-        return logs / "airflow.log", finished
+            finished = embedded.run_through_scheduler(settings, pack.name, conf, follow)
+        return settings.home / "airflow" / "logs" / f"dag_id={pack.name}__train" / f"run_id={finished.run_id}", finished
     log_file = logs / f"run-{pack.name}-{time.strftime('%Y%m%dT%H%M%S')}.log"
     with log_file.open("w", encoding="utf-8") as log, view.live(), _output_to(log):
         logging.getLogger("evergreen").addHandler(view.handler)
@@ -230,10 +234,14 @@ class RunView:
     def follow(self, history: dict[str, Any]) -> None:
         """Take in a run's stages as the events tell them (when another process performs them)."""
         for stage in history["stages"]:
-            if stage["stage"] not in self.lines or self.lines[stage["stage"]].state == "running":
+            known = self.lines.get(stage["stage"])
+            if known is None or known.state != stage["state"]:
                 self.take(
                     Note(history["run_id"], stage["stage"], stage["state"], stage["summary"], seconds=stage["seconds"])
                 )
+        ahead = [stage for stage in STAGE_VALUES if stage not in self.lines]
+        if ahead and history["outcome"] == "running" and all(line.state != "running" for line in self.lines.values()):
+            self.take(Note(history["run_id"], ahead[0], "running"))
 
     def _render(self) -> Group:
         rows: list[Any] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic import ValidationError as PydanticError
 
 from evergreen.errors import PackError, nearest
@@ -91,6 +91,20 @@ def _call(value: str) -> str:
 
 
 Call = Annotated[str, BeforeValidator(_call)]
+
+CRON_NAMES = ("@hourly", "@daily", "@weekly", "@monthly", "@quarterly", "@yearly")
+
+
+def _cron(value: str) -> str:
+    """A cron expression of five fields, or Airflow's name for one: a wrong one would cost every pack its DAG."""
+    from croniter import croniter  # type: ignore[import-untyped]
+
+    if value not in CRON_NAMES and not (len(value.split()) == 5 and croniter.is_valid(value)):
+        raise ValueError(f"is not a cron expression: write five fields, as in 0 3 * * *, or {', '.join(CRON_NAMES)}")
+    return value
+
+
+Cron = Annotated[str, AfterValidator(_cron)]
 
 
 class Part(BaseModel):
@@ -209,7 +223,7 @@ class GateRules(Part):
 class Triggers(Part):
     """What starts a run beside people."""
 
-    schedule: str | None = None
+    schedule: Cron | None = None
 
 
 class Pack(Part):
@@ -219,7 +233,7 @@ class Pack(Part):
     folder: Path = Field(exclude=True)
     description: str = Field(min_length=1)
     owner: str = Field(min_length=1)
-    tags: tuple[str, ...] = ()
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = ()
     source: Source
     clock: Clock | None = None
     data: Data
@@ -250,7 +264,7 @@ class Pack(Part):
     def card(self) -> str:
         """The model card, `README.md` of the folder; the description where there is none."""
         file = self.folder / "README.md"
-        return file.read_text(encoding="utf-8") if file.is_file() else self.description
+        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else self.description
 
     @classmethod
     def load(cls, folder: Path) -> Pack:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from airflow.sdk import DAG, Param, get_parsing_context
@@ -17,21 +20,45 @@ START = datetime(2000, 1, 1, tzinfo=UTC)
 """Before any data: a backfill may reach as far back as the source does."""
 
 
-def packs_to_parse() -> tuple[list[Pack], list[PackError]]:
-    """The packs whose DAGs are wanted, and what is wrong with the others.
+def dags_to_parse(build: Callable[[Pack], DAG]) -> list[DAG]:
+    """What `build` makes of each pack; a pack of which it can make nothing is left to `refuse_broken_packs`.
 
-    A task process wants its own pack's only; the DAG processor wants all.
+    A task process gets its own pack's DAG only, and is told what is wrong with that pack.
     """
+    packs = Settings.from_env().packs
     wanted = get_parsing_context().dag_id
-    packs, broken = [], []
+    if wanted is not None:
+        own = packs / wanted.rpartition("__")[0]
+        return [_checked(own, build)] if (own / "pack.yaml").is_file() else []
+    dags = []
+    for folder in find(packs):
+        with contextlib.suppress(Exception):
+            dags.append(_checked(folder, build))
+    return dags
+
+
+def refuse_broken_packs(*builds: Callable[[Pack], DAG]) -> None:
+    """Raise what is wrong with the packs that cannot be loaded or built, all in one.
+
+    It is called by a DAG file that has no DAGs: Airflow takes every DAG of a file with an import error out of force.
+    """
+    mistakes = []
     for folder in find(Settings.from_env().packs):
-        if wanted is not None and not wanted.startswith(f"{folder.name}__"):
-            continue
         try:
-            packs.append(Pack.load(folder))
+            for build in builds:
+                _checked(folder, build)
         except PackError as error:
-            broken.append(error)
-    return packs, broken
+            mistakes.append(str(error))
+        except Exception as error:  # noqa: BLE001 -- whatever Airflow refuses must not stop the other packs
+            mistakes.append(f"{folder / 'pack.yaml'}: Airflow refuses its DAG: {error}")
+    if mistakes:
+        raise PackError("\n".join(mistakes), fix="mend these; the DAGs of all other packs are in force")
+
+
+def _checked(folder: Path, build: Callable[[Pack], DAG]) -> DAG:
+    dag = build(Pack.load(folder))
+    dag.validate()
+    return dag
 
 
 def training_dag(pack: Pack) -> DAG:
@@ -39,12 +66,12 @@ def training_dag(pack: Pack) -> DAG:
     with DAG(
         dag_id=f"{pack.name}__train",
         description=pack.description,
-        doc_md=pack.card,
+        doc_md=f"{pack.card}\n",  # Airflow would open a text that ends in .md as a file
         schedule=pack.triggers.schedule,
         start_date=START,
         catchup=False,
         max_active_runs=1,
-        is_paused_upon_creation=True,
+        auto_register=False,  # the DAG file says which DAGs are its own
         default_args={"owner": pack.owner},
         tags={"evergreen", "train", *pack.tags},
         params={
@@ -73,16 +100,3 @@ def training_dag(pack: Pack) -> DAG:
                 before >> output
             made[gives] = before = output
     return dag
-
-
-class BrokenPacks(DAG):
-    """Stands for packs that cannot be loaded: Airflow shows its message as an import error and keeps the other DAGs."""
-
-    def validate(self) -> None:
-        """Raise what is wrong with the packs."""
-        raise PackError(str(self.description), fix="mend the packs named; the other packs' DAGs are in force")
-
-
-def broken_packs_dag(errors: list[PackError]) -> DAG:
-    """A DAG that Airflow refuses with the packs' mistakes as its import error."""
-    return BrokenPacks(dag_id="broken_packs", description="\n".join(str(error) for error in errors), schedule=None)

@@ -6,23 +6,29 @@ A run goes through a real DAG run: in this process when no scheduler runs here, 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import importlib.metadata
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import psutil
 
 from evergreen.errors import SettingsError
 from evergreen.settings import Settings
+from evergreen.training import jobs
+from evergreen.training.checkpoints import write_whole
+
+if TYPE_CHECKING:
+    import httpx
 
 READY_WITHIN_S = 120.0
 
@@ -38,26 +44,35 @@ def environment(settings: Settings) -> dict[str, str]:
         "EVERGREEN_HOME": str(settings.home),
         "EVERGREEN_PROJECT": str(settings.project),
         "EVERGREEN_PACKS": str(settings.packs),
+        "EVERGREEN_MLFLOW_PORT": "5000",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes for features that nobody asked of it here
     }
     for line in (settings.project / "config" / "airflow.env").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             name, value = line.split("=", 1)
             found[name] = value
-    return {**found, **{name: os.environ[name] for name in found if name in os.environ}}
+    found |= {name: os.environ[name] for name in found if name in os.environ}
+    # Where tasks reach the API server: Airflow assumes port 8080 whatever the port is.
+    base_url = os.environ.get("AIRFLOW__API__BASE_URL") or f"http://127.0.0.1:{found['AIRFLOW__API__PORT']}"
+    return {**found, "AIRFLOW__API__BASE_URL": base_url}
 
 
 def prepare(settings: Settings) -> None:
     """Point this process at the embedded Airflow, and make its database when there is none. Before `import airflow`."""
     os.environ.update(environment(settings))
-    (settings.home / "airflow").mkdir(parents=True, exist_ok=True)
-    done = settings.home / "airflow" / "database-ready"
-    from airflow import __version__
+    home = settings.home / "airflow"
+    home.mkdir(parents=True, exist_ok=True)
+    done = home / "database-ready"
+    version = importlib.metadata.version("apache-airflow-core")
+    with (home / "database-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once
+        if not done.is_file() or done.read_text(encoding="ascii") != version:
+            from airflow.configuration import write_default_airflow_configuration_if_needed
+            from airflow.utils.db import upgradedb
 
-    if not done.is_file() or done.read_text() != __version__:
-        from airflow.utils.db import upgradedb
-
-        upgradedb()
-        done.write_text(__version__)
+            write_default_airflow_configuration_if_needed()  # with the secrets that its processes share
+            upgradedb()
+            done.write_text(version, encoding="ascii")
 
 
 @dataclass(frozen=True)
@@ -86,142 +101,230 @@ def run_through_scheduler(
     settings: Settings, pack: str, conf: Mapping[str, Any], while_waiting: Callable[[str], None]
 ) -> Finished:
     """One DAG run of `<pack>__train` by the scheduler that runs on this home; `while_waiting(run_id)` is called often."""
-    address = services(settings)["airflow"]
-    body = {"logical_date": None, "conf": dict(conf)}
-    dag_id = f"{pack}__train"
-    run_id = _call(address, "POST", f"/api/v2/dags/{dag_id}/dagRuns", body)["dag_run_id"]
-    while True:
-        while_waiting(run_id)
-        state = _call(address, "GET", f"/api/v2/dags/{dag_id}/dagRuns/{run_id.replace('+', '%2B')}")["state"]
-        if state in ("success", "failed"):
+    runs = f"/api/v2/dags/{pack}__train/dagRuns"
+    with client(services(settings)["airflow"]) as airflow:
+        run_id = _ask_for_run(airflow, runs, conf)
+        while True:
+            state = _json(airflow.get(f"{runs}/{quote(run_id, safe='')}"))["state"]
             while_waiting(run_id)
-            return Finished(run_id=run_id, success=state == "success")
-        time.sleep(0.3)
+            if state in ("success", "failed"):
+                return Finished(run_id=run_id, success=state == "success")
+            time.sleep(0.3)
+
+
+def _ask_for_run(airflow: httpx.Client, runs: str, conf: Mapping[str, Any]) -> str:
+    """Ask for a run; a DAG that Airflow does not know yet, of a pack just made, is given a minute to appear."""
+    deadline = time.monotonic() + 60
+    while True:
+        answer = airflow.post(runs, json={"logical_date": None, "conf": dict(conf)})
+        if answer.status_code != 404 or time.monotonic() > deadline:
+            return str(_json(answer)["dag_run_id"])
+        time.sleep(1.0)
+
+
+def client(address: str) -> httpx.Client:
+    """Airflow's REST API at `address`. On loopback every caller is an admin, and still needs a token."""
+    import httpx
+
+    token = _json(httpx.get(f"{address}/auth/token", timeout=30, trust_env=False))["access_token"]
+    # No proxy: the address is this machine's.
+    return httpx.Client(base_url=address, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False)
+
+
+def _json(answer: httpx.Response) -> Any:
+    if answer.is_error:
+        raise SettingsError(
+            f"Airflow refused {answer.request.method} {answer.request.url}: {answer.status_code} {answer.text[:300]}",
+            fix="look at the DAG and at the import errors in the Airflow UI, `evergreen airflow dags list-import-errors`",
+        )
+    return answer.json()
+
+
+@dataclass(frozen=True)
+class Service:
+    """What `up` starts under one name: its processes by name, where it answers, and the path that says it is well."""
+
+    commands: Mapping[str, list[str]]
+    port: int
+    health: str
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+def _services(settings: Settings, env: Mapping[str, str]) -> dict[str, Service]:
+    python, home_only = sys.executable, "--skip-serve-logs"  # a log server would listen on every interface
+    airflow = {
+        "airflow-scheduler": [python, "-m", "airflow", "scheduler", home_only],
+        "airflow-dag-processor": [python, "-m", "airflow", "dag-processor"],
+        "airflow-api-server": [python, "-m", "airflow", "api-server"],
+        "airflow-triggerer": [python, "-m", "airflow", "triggerer", home_only],
+    }
+    found = {"airflow": Service(airflow, int(env["AIRFLOW__API__PORT"]), "/api/v2/monitor/health")}
+    if not settings.mlflow_tracking_uri.startswith("http"):  # else it is a server's, which runs elsewhere
+        port = env["EVERGREEN_MLFLOW_PORT"]
+        mlflow = [
+            *(python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"),
+            *("--backend-store-uri", settings.mlflow_tracking_uri),
+            *("--default-artifact-root", settings.mlflow_artifacts),
+        ]
+        found["mlflow"] = Service({"mlflow": mlflow}, int(port), "/health")
+    return found
 
 
 def services(settings: Settings) -> dict[str, str]:
     """The addresses of what `up` started on this home and is still alive: `airflow`, `mlflow`."""
-    file = settings.home / "services.json"
-    if not file.is_file():
-        return {}
-    recorded = json.loads(file.read_text(encoding="utf-8"))
-    return {name: entry["address"] for name, entry in recorded.items() if _alive(entry)}
+    recorded = _recorded(settings)
+    return {
+        name: entry["address"]
+        for name, entry in recorded.items()
+        if all(_leader(process) for process in entry["processes"])
+    }
 
 
 def up(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Start Airflow (UI, scheduler, DAG processor, triggerer) and the MLflow UI; → (name, address) as each is ready."""
+    """Start Airflow (UI, scheduler, DAG processor, triggerer) and the MLflow UI; → (name, address) as each is ready.
+
+    Raises SettingsError where a port is taken or a service does not get ready; what was started then is stopped.
+    """
     env = {**os.environ, **environment(settings)}
-    airflow_port = env["AIRFLOW__API__PORT"]
-    mlflow_port = env.get("EVERGREEN_MLFLOW_PORT", "5000")
+    wanted = _services(settings, env)
+    running = services(settings)
+    missing = {name: service for name, service in wanted.items() if name not in running}
+    _stop(settings, missing)  # what a crash has left of them
+    for name, service in missing.items():
+        _require_free(name, service.port)
     logs = settings.home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    (settings.home / "airflow").mkdir(parents=True, exist_ok=True)
-    tools = Path(sys.executable).parent
-    commands = {
-        "airflow": (
-            [str(tools / "airflow"), "standalone"],
-            f"http://127.0.0.1:{airflow_port}",
-            "/api/v2/monitor/health",
-        ),
-        "mlflow": (
-            [
-                *(str(tools / "mlflow"), "server", "--host", "127.0.0.1", "--port", mlflow_port, "--workers", "1"),
-                *("--backend-store-uri", settings.mlflow_tracking_uri),
-                *("--default-artifact-root", settings.mlflow_artifacts),
-            ],
-            f"http://127.0.0.1:{mlflow_port}",
-            "/health",
-        ),
-    }
-    running = services(settings)
-    entries: dict[str, dict[str, Any]] = {}
-    file = settings.home / "services.json"
-    if file.is_file():
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    for name, (command, address, _) in commands.items():
-        if name in running:
-            continue
-        with (logs / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
-            )
-        entries[name] = {"pid": process.pid, "started": _started(process.pid), "address": address}
-        file.write_text(json.dumps(entries), encoding="utf-8")
-    for name, (_, address, health) in commands.items():
-        _wait_until_ready(name, entries[name], address + health, logs / f"{name}.log")
-        yield name, address
+    try:
+        if "airflow" in missing:
+            _prepare_apart(settings, logs / "airflow-database.log")
+        for name, service in missing.items():
+            _start(settings, name, service, env, logs)
+        for name, service in wanted.items():
+            if name in missing:
+                _wait_until_ready(settings, name, service, logs)
+            yield name, service.address
+    except SettingsError:
+        _stop(settings, missing)
+        raise
 
 
-def down(settings: Settings, grace_s: float = 20.0) -> list[str]:
-    """Stop what `up` started; → the names of what was running."""
-    file = settings.home / "services.json"
-    if not file.is_file():
-        return []
-    entries = json.loads(file.read_text(encoding="utf-8"))
-    stopped = []
-    for name, entry in entries.items():
-        if not _alive(entry):
-            continue
-        stopped.append(name)
-        os.killpg(entry["pid"], signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
-    for entry in entries.values():
-        while _alive(entry) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(entry["pid"], signal.SIGKILL)
-    file.unlink()
+def down(settings: Settings) -> list[str]:
+    """Stop what `up` started, and the jobs it was at, which go on from their checkpoints; → the names of what ran."""
+    stopped = _stop(settings, _recorded(settings))
+    if "airflow" in stopped:
+        jobs.cancel_all(settings)
     return stopped
 
 
-def _wait_until_ready(name: str, entry: Mapping[str, Any], url: str, log: Path) -> None:
+def _prepare_apart(settings: Settings, log: Path) -> None:
+    """Make the database in a process of its own, so that this one imports no Airflow."""
+    code = "from evergreen.orchestration import embedded; from evergreen.settings import Settings; "
+    code += "embedded.prepare(Settings.from_env())"
+    env = {**os.environ, **environment(settings)}
+    with log.open("ab") as output:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL, check=False
+        )
+    if done.returncode:
+        raise SettingsError(f"Airflow's database could not be made; the log is {log}", fix="look at the end of the log")
+
+
+def _start(settings: Settings, name: str, service: Service, env: Mapping[str, str], logs: Path) -> None:
+    entry: dict[str, Any] = {"address": service.address, "processes": []}
+    for process_name, command in service.commands.items():
+        with (logs / f"{process_name}.log").open("ab") as log:
+            # Each in a session of its own, so that it outlives this terminal and is stopped with all it started.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+            )
+        process.returncode = 0  # it outlives this object, which would warn of it otherwise
+        entry["processes"].append({"pid": process.pid, "started": psutil.Process(process.pid).create_time()})
+        _record(settings, {**_recorded(settings), name: entry})
+
+
+def _stop(settings: Settings, names: Mapping[str, Any], grace_s: float = 5.0) -> list[str]:
+    """End the sessions of these services: SIGTERM, then SIGKILL after the grace; → the names of those that ran."""
+    recorded = _recorded(settings)
+    found = {name: list(recorded[name]["processes"]) for name in names if name in recorded}
+    stopped = [name for name, entries in found.items() if _members(entries)]
+    entries = [entry for those in found.values() for entry in those]
+    leaders = [leader for entry in entries if (leader := _leader(entry))]
+    for process in leaders:  # they end their children in good order
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    psutil.wait_procs(leaders, timeout=grace_s)
+    while left := _members(entries):
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=5)
+    if recorded:
+        _record(settings, {name: entry for name, entry in recorded.items() if name not in found})
+    return stopped
+
+
+def _wait_until_ready(settings: Settings, name: str, service: Service, logs: Path) -> None:
+    import httpx
+
     deadline = time.monotonic() + READY_WITHIN_S
-    while time.monotonic() < deadline:
-        if not _alive(entry):
-            break
-        with contextlib.suppress(OSError, urllib.error.URLError, ValueError):
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                body = answer.read()
-            if name != "airflow" or json.loads(body)["scheduler"]["status"] == "healthy":
+    while time.monotonic() < deadline and name in services(settings):
+        with contextlib.suppress(httpx.TransportError, ValueError, KeyError):
+            answer = httpx.get(service.address + service.health, timeout=10, trust_env=False)
+            if answer.is_success and (name != "airflow" or _is_well(answer.json())):
                 return
-        time.sleep(0.3)
+        time.sleep(0.2)
     raise SettingsError(
-        f"{name} did not get ready at {url}; its log is {log}",
-        fix="look at the end of the log; another program may hold the port (AIRFLOW__API__PORT, EVERGREEN_MLFLOW_PORT)",
+        f"{name} did not get ready at {service.address}",
+        fix=f"look at the end of {' or '.join(str(logs / f'{process}.log') for process in service.commands)}",
     )
 
 
-def _call(address: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """One request to Airflow's REST API. On loopback every caller is an admin, and still needs a token."""
-    with urllib.request.urlopen(f"{address}/auth/token", timeout=10) as answer:
-        token = json.loads(answer.read())["access_token"]
-    request = urllib.request.Request(
-        address + path,
-        method=method,
-        data=json.dumps(body).encode() if body is not None else None,
-        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")[:300]
-        raise SettingsError(
-            f"Airflow at {address} refused {method} {path}: {error.code} {text}",
-            fix="a new pack shows up within 15 seconds of being written; see import errors in the Airflow UI",
-        ) from error
+def _is_well(health: Mapping[str, Any]) -> bool:
+    return all(health[part]["status"] == "healthy" for part in ("scheduler", "dag_processor", "triggerer"))
 
 
-def _started(pid: int) -> float | None:
-    """The start time of a process, which tells it from a later one with the same pid."""
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return None
+def _require_free(name: str, port: int) -> None:
+    variable = {"airflow": "AIRFLOW__API__PORT", "mlflow": "EVERGREEN_MLFLOW_PORT"}[name]
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SettingsError(
+                f"port {port}, where {name} would answer, cannot be had: {error.strerror}",
+                fix=f"stop what listens there, or choose another: {variable}={port + 1}",
+            ) from error
 
 
-def _alive(entry: Mapping[str, Any]) -> bool:
+def _recorded(settings: Settings) -> dict[str, Any]:
+    """`services.json`: name → address and processes."""
+    file = settings.home / "services.json"
+    return dict(json.loads(file.read_bytes())) if file.is_file() else {}
+
+
+def _record(settings: Settings, entries: Mapping[str, Any]) -> None:
+    write_whole(settings.home / "services.json", json.dumps(entries, indent=1).encode())
+
+
+def _leader(entry: Mapping[str, Any]) -> psutil.Process | None:
+    """The process, if it lives and is not a later one with the same pid."""
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(entry["pid"])
-        return bool(process.create_time() == entry["started"] and process.status() != psutil.STATUS_ZOMBIE)
-    return False
+        same = abs(process.create_time() - entry["started"]) < 2.0  # a clock that is set moves it a little
+        if same and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
+def _members(entries: list[Any]) -> list[psutil.Process]:
+    """All living processes of these processes' sessions, whether or not their leaders live."""
+    sessions = {entry["pid"] for entry in entries if _leader(entry) or not psutil.pid_exists(entry["pid"])}
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

@@ -187,6 +187,12 @@ def cancel(handle: Handle) -> None:
     runtime.stop(handle.folder)
 
 
+def cancel_all(settings: Settings) -> None:
+    """End every job of this home on this machine; their checkpoints stay."""
+    for told in sorted(settings.jobs.glob("*/job.json")):
+        runtime.stop(told.parent)
+
+
 def discard(settings: Settings, job_id: str) -> None:
     """Remove a job's folder, ending the job first if it lives."""
     folder = settings.jobs / job_id
