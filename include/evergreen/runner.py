@@ -181,6 +181,7 @@ def score(folder: Path, spec: JobSpec) -> dict[str, Any]:
     files = sorted((folder / "input" / "rows").glob("*.parquet"))
     tables = [pq.read_table(file, partitioning=None) for file in files]
     frame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    _leaves_as_it_is(model, frame.head(64), spec)
     values = checked_predictions(model.predict(frame), len(frame), spec)
     columns = (
         {"prediction": values}
@@ -221,21 +222,39 @@ def checked_predictions(predictions: Any, rows: int, spec: JobSpec) -> np.ndarra
 
 
 def _latency_ms(model: Any, frame: pd.DataFrame) -> dict[str, float]:
-    """p50 and p95 over 200 single rows, spread over the frame, after 30 to warm up; fewer when they take over 10 s."""
+    """p50 and p95 over 200 single rows, spread over the frame, after 30 to warm up; fewer when they take over 10 s.
+
+    A row counts with the fastest of three tries: what the model takes, not what its neighbours on the machine take.
+    """
     import numpy as np
 
     spread = np.linspace(0, len(frame) - 1, num=230).astype(int)
-    taken: list[float] = []
+    fastest: list[float] = []
     begun = time.perf_counter()
     for position in np.roll(spread, 30):
         row = frame.iloc[[position]]
-        before = time.perf_counter()
-        model.predict(row)
-        taken.append((time.perf_counter() - before) * 1000)
+        tries = []
+        for _ in range(3):
+            before = time.perf_counter()
+            model.predict(row)
+            tries.append((time.perf_counter() - before) * 1000)
+        fastest.append(min(tries))
         if before - begun > 10:
             break
-    p50, p95 = np.percentile(taken[30:] or taken, [50, 95])
+    p50, p95 = np.percentile(fastest[30:] or fastest, [50, 95])
     return {"latency_p50_ms": round(float(p50), 4), "latency_p95_ms": round(float(p95), 4)}
+
+
+def _leaves_as_it_is(model: Any, frame: pd.DataFrame, spec: JobSpec) -> None:
+    """Raise EvaluationError when predicting changes the frame that it is given."""
+    given = frame.copy()
+    model.predict(given)
+    if not given.equals(frame):
+        changed = [name for name in frame.columns if name not in given or not given[name].equals(frame[name])]
+        raise EvaluationError(
+            f"the model of {spec.pack} changes the frame it predicts from: {', '.join(changed[:5]) or 'new columns'}",
+            fix="work on a copy in predict(frame) of its loader.py: frame = frame.copy()",
+        )
 
 
 def _write_frame(frame: Any, file: Path, spec: JobSpec) -> int:

@@ -308,6 +308,12 @@ def test_predictions_that_are_not_what_was_asked_for_are_refused(prediction, tas
         checked_predictions(prediction, 4, spec)
 
 
+def test_a_model_that_changes_its_frame_is_refused(settings):
+    """Predicting leaves the client's rows as they are; the message names the columns."""
+    with pytest.raises(EvaluationError, match=r"changes the frame it predicts from: x"):
+        score(settings, "frame.__setitem__('x', 1.0) or [0.5] * len(frame)")
+
+
 def test_a_refused_prediction_reaches_who_waits(settings):
     """The class and both numbers come through the result."""
     with pytest.raises(EvaluationError, match="returned 3 predictions for 4 rows"):

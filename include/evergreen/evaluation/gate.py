@@ -3,9 +3,12 @@
 A challenger is promoted when nothing rejects it, nothing waits for a person, and the comparison speaks for it. With
 Δ = challenger - champion, turned so that more is better, [low, high] its interval and m the margin:
 
-    non_inferior    promote: low ≥ -m    reject: high < -m    else review     "not shown to be as good, nor worse"
-    superior        promote: low > 0     reject: high ≤ 0     else review
-    each slice      reject: high < -m    else no objection
+    non_inferior    promote: low ≥ -m, or Δ ≥ -m ≤ high    reject: high < -m    else review
+    superior        promote: low > 0                       reject: high ≤ 0     else review
+    each slice      reject: high < -m                      else no objection
+
+An interval that straddles the margin shows nothing; then the figure itself decides, for the challenger knows fresher
+data and staying has its own risk: within the margin it is promoted, beyond it a person is asked.
 
 (Non-inferiority by the confidence interval: Piaggio et al., "Reporting of noninferiority and equivalence randomized
 trials", JAMA 308(24), 2012.) It blocks by default: what a rule names and the evaluation did not produce, NaN
@@ -154,15 +157,20 @@ def _comparison(evaluated: Evaluated, rules: GateRules) -> Iterator[Finding]:
     if primary.test == "superior":
         decision, words = _superior(low, high)
     else:
-        decision, words = _non_inferior(low, high, primary.margin)
+        value = difference.estimate.value * direction(primary.metric)
+        decision, words = _non_inferior(value, low, high, primary.margin)
     yield Finding(decision, f"{shown}, {words.format(name)} ({change})")
 
 
-def _non_inferior(low: float, high: float, margin: float) -> tuple[Literal["promote", "reject", "review"], str]:
+def _non_inferior(
+    value: float, low: float, high: float, margin: float
+) -> tuple[Literal["promote", "reject", "review"], str]:
     if low >= -margin:
         return "promote", "not worse than {}"
     if high < -margin:
         return "reject", f"worse than {{}} by more than {margin:g}"
+    if value >= -margin:
+        return "promote", f"not shown worse than {{}} by {margin:g}"
     return "review", f"not shown to be within {margin:g} of {{}}"
 
 
@@ -180,6 +188,8 @@ def _slice(evaluated: Evaluated, rule: SliceRule) -> Iterator[Finding]:
     if not groups:
         yield Finding("reject", f"{rule.metric} by {rule.by} was not produced by the evaluation")
         return
+    if evaluated.champion is None or evaluated.champion.withheld is not None:
+        return  # said once, by _comparison
     rest: dict[str, list[str]] = {"better": [], "unclear": [], "unjudged": []}
     for each in groups:
         outcome = _outcome(evaluated, rule, each)
@@ -191,7 +201,7 @@ def _slice(evaluated: Evaluated, rule: SliceRule) -> Iterator[Finding]:
     for kind, words in (
         ("better", f"{rule.metric} within {rule.margin:g} of {name}, or better"),
         ("unclear", f"{rule.metric} neither shown within {rule.margin:g} of {name} nor shown worse"),
-        ("unjudged", f"{rule.metric} not compared for want of rows, of classes or of a champion's figures"),
+        ("unjudged", f"{rule.metric} not compared, too few rows or one class only"),
     ):
         if rest[kind]:
             yield Finding("note", f"{rule.by}: {words}: {_some(rest[kind])}")
@@ -201,7 +211,7 @@ def _outcome(
     evaluated: Evaluated, rule: SliceRule, of: SliceEstimate
 ) -> Finding | Literal["better", "unclear", "unjudged"]:
     """What a group says: a reason to reject, or which kind of the rest it is."""
-    if of.estimate is None or evaluated.champion is None or evaluated.champion.withheld is not None:
+    if of.estimate is None:
         return "unjudged"
     name = _champion(evaluated)
     difference = _difference(evaluated, rule.metric, rule.by, of.group)
