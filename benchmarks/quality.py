@@ -31,14 +31,13 @@ import lightgbm
 import numpy as np
 import pandas as pd
 import polars as pl
-from sklearn.metrics import roc_auc_score
-
 from evergreen.pack import Pack
 from evergreen.run import Window, Windows
 from evergreen.training import tabular
 from evergreen.training.checkpoints import FolderCheckpoint
 from evergreen.training.jobs import Job, TrainingData
 from evergreen.training.tabular_loader import load
+from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).resolve().parents[1]
 GOAL = -0.005
@@ -52,7 +51,7 @@ def main() -> int:
     pack = Pack.load(ROOT / "include" / "packs" / "flight_delay")
     params = {**pack.training.params, **arguments.params}
     rows = year(pack)
-    print(f"LightGBM {lightgbm.__version__} defaults, tabular {params}, 2 threads")
+    print(f"LightGBM {lightgbm.__version__} defaults, tabular {params}")
     print(
         f"{'as of':12}{'rows':>8}{'tabular':>10}{'s':>7}{'LightGBM':>10}{'s':>7}{'difference':>12}{'(LightGBM + validation)':>26}"
     )

@@ -24,7 +24,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,15 +71,16 @@ class Params(BaseModel):
     """Width of each hidden layer of each member."""
     members: int = Field(default=4, ge=1)
     """Networks whose predictions are averaged."""
-    dropout: float = Field(default=0.2, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     embedding: int = Field(default=8, ge=1)
     """Numbers that stand for each feature."""
     bins: int = Field(default=8, ge=1)
     """Quantile intervals of a numeric feature."""
     min_count: int = Field(default=20, ge=1)
     """A category that is rarer in the training window is taken as unseen."""
-    threads: int = Field(default=2, ge=1)
-    """On the CPU. Fixed, since sums depend on how they are split: more is faster, and another model."""
+    threads: int = Field(default=1, ge=1)
+    """On the CPU. Fixed, since sums depend on how they are split: another number makes another model. More pays with
+    wide networks on idle cores; on busy ones threads wait for one another, and one alone is faster."""
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Params:
@@ -241,36 +242,33 @@ def fit(network: Network, rows: Rows, held: Rows, params: Params, job: Job) -> N
     """Train `network` on `rows`; it ends with the weights of the epoch that had the lowest loss on `held`."""
     batches = math.ceil(len(rows) / params.batch_size)
     of = params.epochs * batches
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=params.weight_decay, fused=True)
-    state = _Progress.resumed(network, optimizer, job)
-    step = torch.compile(network) if job.device == "cuda" and of >= COMPILE_FROM_BATCHES else network
-    for epoch in range(state.epochs, params.epochs):
-        if epoch - state.best_epoch > params.patience:
+    optimizer = AdamW(network, params.weight_decay)
+    kept = Kept.resumed(optimizer, job)
+    forward = torch.compile(network) if job.device == "cuda" and of >= COMPILE_FROM_BATCHES else network
+    for epoch in range(kept.epochs, params.epochs):
+        if epoch - kept.best_epoch > params.patience:
             break
         torch.manual_seed(job.seed * 1_000_003 + epoch)
-        total, seen, started = torch.zeros((), device=job.device), 0, time.perf_counter()
         network.train()
-        for batch, chosen in enumerate(torch.split(torch.randperm(len(rows), device=job.device), params.batch_size)):
-            done = epoch * batches + batch
-            optimizer.param_groups[0]["lr"] = params.learning_rate * _schedule(done / of)
+        total, seen, started = torch.zeros((), device=job.device), 0, time.perf_counter()
+        order = torch.randperm(len(rows), device=job.device)
+        for batch, chosen in enumerate(torch.split(order, params.batch_size), start=epoch * batches):
             with torch.autocast("cuda", torch.bfloat16, enabled=job.device == "cuda"):
-                outputs = step(rows.positions[chosen])
-            loss = _loss(outputs.float(), rows.target[chosen], rows.task)
+                outputs = forward(rows.positions[chosen])
+            loss = loss_of(outputs.float(), rows.target[chosen], rows.task)
             torch.autograd.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer.step(params.learning_rate * schedule(batch / of))
             total += loss.detach() * len(chosen)
             seen += len(chosen)
-            if batch % REPORT_EVERY == 0 and batch + 1 < batches:
-                job.progress(done + 1, of, loss=float(total) / seen)
+            if batch % REPORT_EVERY == 0 and seen < len(rows):
+                job.progress(batch + 1, of, loss=float(total) / seen)
         mean_loss = float(total) / seen
         samples_per_s = seen / (time.perf_counter() - started)
-        metrics = {"loss": mean_loss, "samples_per_s": samples_per_s, **validate(network, held)}
+        metrics = {"loss": mean_loss, **validate(network, held), "samples_per_s": samples_per_s}
         job.progress((epoch + 1) * batches, of, **metrics)
-        state.add(epoch, metrics, network)
-        state.keep(optimizer, network, job)
-    network.load_state_dict(state.best)
-    job.progress(of, of, **state.metrics)
+        kept.add(epoch, metrics, optimizer, job)
+    optimizer.weights.copy_(kept.best)
+    job.progress(of, of, **kept.metrics)
 
 
 def validate(network: Network, held: Rows) -> dict[str, float]:
@@ -315,78 +313,95 @@ def roc_auc(truth: NDArray[Any], predicted: NDArray[Any]) -> float:
 @contextmanager
 def reproducible(device: str, threads: int) -> Iterator[None]:
     """Deterministic algorithms and so many threads, within; afterwards all is as it was, the random state included."""
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    before = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     if device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device == "cuda" else []):
         try:
             torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(mode=True)
+            # What use_deterministic_algorithms(True) does, without its import of the compiler, which takes 1.4 s.
+            torch.set_deterministic_debug_mode("error")
             yield
         finally:
             torch.set_num_threads(before[0])
-            torch.use_deterministic_algorithms(mode=before[1])
+            torch.set_deterministic_debug_mode(before[1])
 
 
-class _Progress:
-    """What must outlive a kill: the epochs done, the best of them, and the optimizer's memory."""
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), over all weights as one vector.
 
-    def __init__(self) -> None:
-        self.epochs = 0
-        self.best_epoch = 0
-        self.metrics: dict[str, float] = {}
-        """Of the best epoch."""
-        self.best: dict[str, Tensor] = {}
-        """Weights of the best epoch."""
+    Not torch.optim's, whose first use imports torch's compiler, which takes longer than many a training; the tests
+    hold the two together. `step` wants the gradients in place and leaves them at zero.
+    """
+
+    def __init__(self, network: nn.Module, weight_decay: float) -> None:
+        parameters = list(network.parameters())
+        self.weights = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        self.gradient, self.mean, self.square = (torch.zeros_like(self.weights) for _ in range(3))
+        self.steps = 0
+        self.weight_decay = weight_decay
+        start = 0
+        for parameter in parameters:  # from here on each is a view of the vector
+            end = start + parameter.numel()
+            parameter.data = self.weights[start:end].view_as(parameter)
+            parameter.grad = self.gradient[start:end].view_as(parameter)
+            start = end
+
+    def step(self, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8) -> None:
+        """Move the weights against the gradient."""
+        self.steps += 1
+        self.mean.lerp_(self.gradient, 1 - betas[0])
+        self.square.mul_(betas[1]).addcmul_(self.gradient, self.gradient, value=1 - betas[1])
+        root = (self.square / (1 - betas[1] ** self.steps)).sqrt_().add_(epsilon)
+        self.weights.mul_(1 - learning_rate * self.weight_decay)
+        self.weights.addcdiv_(self.mean, root, value=-learning_rate / (1 - betas[0] ** self.steps))
+        self.gradient.zero_()
+
+
+@dataclass
+class Kept:
+    """What outlives a kill, beside the weights and the optimizer's memory of them: the epochs done, and the best."""
+
+    best: Tensor
+    """Weights of the best epoch."""
+    epochs: int = 0
+    best_epoch: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the best epoch."""
 
     @classmethod
-    def resumed(cls, network: Network, optimizer: torch.optim.Optimizer, job: Job) -> _Progress:
-        """From the job's checkpoint, with network and optimizer set to it; from the beginning where there is none."""
-        progress = cls()
+    def resumed(cls, optimizer: AdamW, job: Job) -> Kept:
+        """From the job's checkpoint, with the optimizer set to it; from the beginning where there is none."""
         found = job.checkpoint.load()
         if found is None:
-            return progress
-        progress.epochs, tensors, kept = found
-        progress.best_epoch, progress.metrics = kept["best_epoch"], kept["metrics"]
-        progress.best = {name: tensor.to(job.device) for name, tensor in _under("best", tensors).items()}
-        network.load_state_dict(_under("network", tensors))
-        memory: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under("optimizer", tensors).items():
-            index, _, key = name.partition(".")
-            memory.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": memory, "param_groups": optimizer.state_dict()["param_groups"]})
-        return progress
+            return cls(best=optimizer.weights.clone())
+        epochs, tensors, state = found
+        for name in ("weights", "mean", "square"):
+            getattr(optimizer, name).copy_(tensors[name])
+        optimizer.steps = state["steps"]
+        best = tensors["best"].to(job.device)
+        return cls(best=best, epochs=epochs, best_epoch=state["best_epoch"], metrics=state["metrics"])
 
-    def add(self, epoch: int, metrics: dict[str, float], network: Network) -> None:
-        """Take note of an epoch that is done."""
+    def add(self, epoch: int, metrics: dict[str, float], optimizer: AdamW, job: Job) -> None:
+        """Take note of an epoch that is done, and write the checkpoint."""
         self.epochs = epoch + 1
-        if not self.best or metrics["validation_loss"] < self.metrics["validation_loss"]:
-            self.best_epoch, self.metrics = epoch, metrics
-            self.best = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-    def keep(self, optimizer: torch.optim.Optimizer, network: Network, job: Job) -> None:
-        """Write the checkpoint."""
-        memory = optimizer.state_dict()["state"]
-        tensors = {
-            **{f"network.{name}": tensor for name, tensor in network.state_dict().items()},
-            **{f"best.{name}": tensor for name, tensor in self.best.items()},
-            **{f"optimizer.{index}.{key}": value for index, kept in memory.items() for key, value in kept.items()},
-        }
-        job.checkpoint.save(self.epochs, tensors, {"best_epoch": self.best_epoch, "metrics": self.metrics})
+        if not self.metrics or metrics["validation_loss"] < self.metrics["validation_loss"]:
+            self.best_epoch, self.metrics, self.best = epoch, metrics, optimizer.weights.clone()
+        job.checkpoint.save(
+            self.epochs,
+            {name: getattr(optimizer, name) for name in ("weights", "mean", "square")} | {"best": self.best},
+            {"steps": optimizer.steps, "best_epoch": self.best_epoch, "metrics": self.metrics},
+        )
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}."): kept for name, kept in tensors.items() if name.startswith(f"{prefix}.")}
-
-
-def _schedule(done: float) -> float:
+def schedule(done: float) -> float:
     """Share of the highest learning rate when this share of the steps is done: up in a fifth, then down by a cosine."""
     if done < 0.2:
         return 0.04 + 0.96 * done / 0.2
     return 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
 
 
-def _loss(outputs: Tensor, target: Tensor, task: str) -> Tensor:
+def loss_of(outputs: Tensor, target: Tensor, task: str) -> Tensor:
     """The mean over members and rows: each member learns for itself."""
     if task == "multiclass":
         return functional.cross_entropy(outputs.flatten(0, 1), target.repeat(len(outputs)))
