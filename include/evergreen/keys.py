@@ -7,22 +7,24 @@ an undisturbed one would. What an earlier run did is never taken on trust: its o
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
 from evergreen import database as db
 from evergreen.database import Database, Event
-from evergreen.errors import EvergreenError
+from evergreen.errors import EvergreenError, LeaseHeldError
 from evergreen.pack import Pack
 from evergreen.run import Ref, Run, Value, digest, floor
 from evergreen.settings import Settings
@@ -30,6 +32,7 @@ from evergreen.settings import Settings
 log = logging.getLogger("evergreen")
 
 V = TypeVar("V", bound=Value)
+P = ParamSpec("P")
 
 State = Literal["running", "progress", "done", "skipped", "failed"]
 
@@ -91,11 +94,12 @@ def begin(
     before the result is the run's as-of.
     """
     database = db.connect(settings.database_url)
-    event = database.latest(pack.name, kind="run", run_id=run_id)
-    if event is None:
+    if not (found := database.events(pack.name, kind="run", run_id=run_id, limit=1)):
         instant = on_the_clock(pack, as_of or scheduled, database.made_at())
         body = {"as_of": floor(instant, pack.data.partition).isoformat(), "reason": reason, "force": force}
-        event = database.append(pack.name, "run", body, run_id=run_id)
+        database.append(pack.name, "run", body, run_id=run_id)
+        found = database.events(pack.name, kind="run", run_id=run_id, limit=1)  # another process may have been first
+    event = found[0]
     return Run(
         pack=pack,
         id=run_id,
@@ -128,7 +132,7 @@ def perform(
     """The value of `stage` for `run`: looked up by its key when it was performed before, else made by `act()`.
 
     `outputs` names the objects that the value refers to; `intact` verifies one. One stage of a pack acts at a time,
-    by a lease that the retry of a killed attempt takes over. Failures are recorded before they are raised.
+    by a lease that the retry of a killed attempt takes over.
     """
     database = db.connect(run.settings.database_url)
     parts = {
@@ -140,31 +144,66 @@ def perform(
     }
     key = digest(parts)
     began = time.monotonic()
+    wait_s = run.pack.training.timeout.total_seconds()
     note(run, stage, "running")
-    try:
-        with database.lease(f"stage:{run.pack.name}", run.id, wait_s=run.pack.training.timeout.total_seconds()):
-            before = database.latest(run.pack.name, kind="stage", key=key)
-            if before is not None and (before.run_id == run.id or not run.force):
-                known = _value(result, before)
-                if known is not None and all(intact(ref) for ref in outputs(known)):
-                    seconds = time.monotonic() - began
-                    return _receipt(database, run, stage, key, before, known, seconds)
-                note(run, stage, "progress", f"what {before.run_id} left is missing or altered: done again")
-            value = act()
-            seconds = time.monotonic() - began
-            body = {
-                "stage": stage,
-                "parts": parts,
-                "value": value.model_dump(mode="json"),
-                "summary": summary(value),
-                "seconds": round(seconds, 3),
-            }
-            database.append(run.pack.name, "stage", body, run_id=run.id, key=key)
-    except Exception as error:
-        _record_failure(database, run, stage, key, error)
-        raise
+    with _alone_here(run, wait_s), database.lease(f"stage:{run.pack.name}", run.id, wait_s=wait_s):
+        before = database.latest(run.pack.name, kind="stage", key=key)
+        if before is not None and (before.run_id == run.id or not run.force):
+            known = _value(result, before)
+            if known is not None and all(intact(ref) for ref in outputs(known)):
+                seconds = time.monotonic() - began
+                return _receipt(database, run, stage, key, before, known, seconds)
+            note(run, stage, "progress", f"what {before.run_id} left is missing or altered: done again")
+        value = act()
+        seconds = time.monotonic() - began
+        body = {
+            "stage": stage,
+            "parts": parts,
+            "value": value.model_dump(mode="json"),
+            "summary": summary(value),
+            "seconds": round(seconds, 3),
+        }
+        database.append(run.pack.name, "stage", body, run_id=run.id, key=key)
     note(run, stage, "done", summary(value), seconds=seconds)
     return value
+
+
+def recorded(stage: Callable[Concatenate[Run, P], V]) -> Callable[Concatenate[Run, P], V]:
+    """A stage whose failure is an event before it is raised, wherever in the stage it happens."""
+
+    @functools.wraps(stage)
+    def performed(run: Run, /, *values: P.args, **named: P.kwargs) -> V:
+        try:
+            return stage(run, *values, **named)
+        except Exception as error:
+            _record_failure(run, stage.__name__, error)
+            raise
+
+    return performed
+
+
+@contextmanager
+def _alone_here(run: Run, wait_s: float) -> Iterator[None]:
+    """Held by one process of this machine at a time for each pack, and free the moment that process dies.
+
+    The lease is a run's, so that the retry of a killed attempt need not wait until it ends; this keeps a retry from
+    taking the lease of an attempt that lives.
+    """
+    run.settings.jobs.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with (run.settings.jobs / f".{run.pack.name}.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise LeaseHeldError(
+                        f"pack {run.pack.name}: another process of this machine is acting; it holds {file.name}",
+                        fix=f"wait until it has finished, or end it: `fuser {file.name}` names it",
+                    ) from None
+                time.sleep(0.05)
+        yield
 
 
 def summary(value: Value) -> str:
@@ -189,12 +228,12 @@ def _receipt(database: Database, run: Run, stage: str, key: str, before: Event, 
     return value
 
 
-def _record_failure(database: Database, run: Run, stage: str, key: str, error: Exception) -> None:
+def _record_failure(run: Run, stage: str, error: Exception) -> None:
     what = error.what if isinstance(error, EvergreenError) else str(error)
     fix = error.fix if isinstance(error, EvergreenError) else None
     note(run, stage, "failed", what)
     body = {"stage": stage, "error": type(error).__name__, "what": what, "fix": fix}
     try:
-        database.append(run.pack.name, "failure", body, run_id=run.id, key=key)
+        db.connect(run.settings.database_url).append(run.pack.name, "failure", body, run_id=run.id)
     except EvergreenError:
         log.exception("the failure of %s could not be recorded", stage)

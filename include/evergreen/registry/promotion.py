@@ -67,6 +67,13 @@ def settle(database: Database, registry: Registry, pack: str, *, holder: str | N
         return _settle(database, registry, pack)
 
 
+def moved_by(database: Database, run: Run, version: int) -> Event | None:
+    """The event of this run's promotion of `version`: `done`, or `intended` where it was killed; None without one."""
+    last = database.latest(run.pack.name, kind=KIND, run_id=run.id)
+    moves = last is not None and last.body["status"] in ("intended", "done") and last.body["version"] == version
+    return last if moves else None
+
+
 def _settle(database: Database, registry: Registry, pack: str) -> int | None:
     last = database.latest(pack, kind=KIND)
     found = registry.champion(pack)

@@ -17,7 +17,7 @@ from evergreen.data import validation
 from evergreen.data.store import Store
 from evergreen.errors import StageError
 from evergreen.evaluation import gate
-from evergreen.keys import code_hash, perform
+from evergreen.keys import code_hash, perform, recorded
 from evergreen.pack import Pack
 from evergreen.registry import lineage, promotion
 from evergreen.registry.models import ModelVersion, Registry
@@ -47,6 +47,7 @@ from evergreen.training import jobs
 PACKAGE = Path(__file__).parents[1]
 
 
+@recorded
 def ingest(run: Run) -> Ingested:
     """Read the source up to as-of and put canonical partitions into the store.
 
@@ -95,6 +96,7 @@ def ingest(run: Run) -> Ingested:
     )
 
 
+@recorded
 def validate(run: Run, ingested: Ingested) -> Validated:
     """Run Great Expectations over what is new; set bad rows aside; stop the run when too much is wrong."""
     pack, store = run.pack, Store(run.settings)
@@ -126,12 +128,14 @@ def validate(run: Run, ingested: Ingested) -> Validated:
     )
 
 
+@recorded
 def snapshot(run: Run, ingested: Ingested, validated: Validated) -> Snapshot:
     """Name the clean partitions as an immutable DVC version; the run speaks of it from here on."""
     pack, store = run.pack, Store(run.settings)
 
     def act() -> Snapshot:
         manifest = manifest_of(store, validated.manifest)
+        reading.require_target(run, store, manifest, ingested.windows)
         files = {f"{period_name(part.period, manifest.partition)}.parquet": part.object for part in manifest.partitions}
         commit = store.commit(
             pack.dataset,
@@ -158,7 +162,7 @@ def snapshot(run: Run, ingested: Ingested, validated: Validated) -> Snapshot:
         run,
         "snapshot",
         result=Snapshot,
-        inputs={"manifest": validated.manifest.hash},
+        inputs={"manifest": validated.manifest.hash, "windows": ingested.windows.model_dump(mode="json")},
         parameters={"repository": run.settings.data_repository},
         code=_code("data/store.py"),
         act=act,
@@ -167,6 +171,7 @@ def snapshot(run: Run, ingested: Ingested, validated: Validated) -> Snapshot:
     )
 
 
+@recorded
 def train(run: Run, snapshot: Snapshot) -> Trained:
     """Start, or adopt, the training job for the snapshot, and wait for its model folder."""
     pack, store = run.pack, Store(run.settings)
@@ -229,6 +234,7 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
     return trained
 
 
+@recorded
 def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
     """Score challenger and champion on the same held-out rows, each in a fresh process through its own model folder.
 
@@ -236,9 +242,7 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
     """
     pack, store = run.pack, Store(run.settings)
     registry = Registry(run.settings)
-    champion = registry.champion(pack.name)
-    if champion is not None and champion.model_hash == trained.model.hash:
-        champion = None
+    champion = scoring.incumbent(run, registry, trained.model)
     holdout = snapshot.windows.holdout
     withheld = scoring.withheld_because(registry, champion, holdout)
 
@@ -284,6 +288,7 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
     )
 
 
+@recorded
 def register(
     run: Run, ingested: Ingested, validated: Validated, snapshot: Snapshot, trained: Trained, evaluated: Evaluated
 ) -> Registered:
@@ -292,15 +297,22 @@ def register(
     registry = Registry(run.settings)
     version_key = digest({"model": trained.model.hash, "snapshot": snapshot.hash})
 
+    def known() -> ModelVersion | None:
+        champion = registry.champion(pack.name)
+        if champion is not None and champion.model_hash == trained.model.hash:
+            return champion
+        return registry.find(pack.name, version_key)
+
     def act() -> Registered:
-        found = registry.find(pack.name, version_key)
+        found = known()
         if found is not None:
             return Registered(
                 model=pack.name,
                 version=found.version,
                 mlflow_run=found.run_id,
                 model_hash=trained.model.hash,
-                new=False,
+                # A killed attempt of this very run may have registered it.
+                new=found.tags.get("evergreen.run_id") == run.id,
             )
         made_by = lineage.lineage(
             run=run,
@@ -338,11 +350,12 @@ def register(
         code=_code("registry/models.py", "registry/entry.py", "registry/lineage.py"),
         act=act,
         outputs=lambda _value: [trained.model],
-        intact=lambda _ref: registry.find(pack.name, version_key) is not None,
+        intact=lambda _ref: known() is not None,
     )
     return registered
 
 
+@recorded
 def promote(run: Run, snapshot: Snapshot, trained: Trained, evaluated: Evaluated, registered: Registered) -> Promoted:
     """Ask the gate, and move the alias when it says so. Its key holds the run: the registry is outside of us."""
     pack = run.pack
@@ -353,16 +366,25 @@ def promote(run: Run, snapshot: Snapshot, trained: Trained, evaluated: Evaluated
         promotion.settle(database, registry, pack.name, holder=run.id)
         champion = registry.champion(pack.name)
         previous = champion.version if champion else None
-        if champion is not None and champion.version == registered.version:
+        mine = promotion.moved_by(database, run, registered.version)
+        if mine is not None and mine.body["status"] == "done":  # by an attempt of this run that was killed since
+            verdict = _verdict_of(run, database)
+            previous, after = mine.body["previous"], mine.body["champion"]
+        elif champion is not None and champion.version == registered.version:
             verdict = Verdict(
                 decision="promote",
                 reasons=("nothing new to learn: the same data, code and parameters made it before",),
             )
-            after: int | None = previous
+            after = previous
         else:
             verdict = _verdict(run, database, evaluated, registered, champion)
             after = promotion.promote(
-                database, registry, run=run, version=registered.version, judged_against=previous, verdict=verdict
+                database,
+                registry,
+                run=run,
+                version=registered.version,
+                judged_against=_judged_against(evaluated, champion),
+                verdict=verdict,
             )
         return Promoted(model=pack.name, version=registered.version, verdict=verdict, champion=after, previous=previous)
 
@@ -403,6 +425,21 @@ def _verdict(
     )
     database.append(pack.name, "verdict", {"saw": saw, "verdict": verdict.model_dump(mode="json")}, run_id=run.id)
     return verdict
+
+
+def _verdict_of(run: Run, database: db.Database) -> Verdict:
+    """The verdict that a run has written down."""
+    event = database.latest(run.pack.name, kind="verdict", run_id=run.id)
+    assert event is not None, "a verdict is written down before it is acted on"
+    return Verdict.model_validate(event.body["verdict"])
+
+
+def _judged_against(evaluated: Evaluated, champion: ModelVersion | None) -> int | None:
+    """The version whose figures the verdict rests on: the champion's number where it is the same model."""
+    judged = evaluated.champion
+    if judged is not None and champion is not None and judged.model == champion.model_hash:
+        return champion.version
+    return judged.version if judged is not None else None
 
 
 CHAIN: dict[str, Callable[..., Value]] = {

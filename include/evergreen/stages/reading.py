@@ -11,7 +11,7 @@ from evergreen.data import partitions, sources
 from evergreen.data.store import Store
 from evergreen.errors import SourceError, StaleDataError
 from evergreen.pack import Pack, PythonSource
-from evergreen.run import Manifest, PartitionFile, Ref, Run, Window, Windows, count, step
+from evergreen.run import Manifest, PartitionFile, Ref, Run, Window, Windows, count, period_name, step
 from evergreen.stages.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
 from evergreen.training import jobs
 
@@ -111,4 +111,35 @@ def require_rows(run: Run, manifest: Manifest, windows: Windows) -> None:
                 f"pack {run.pack.name}: the {name} window {window} is empty; the source has rows in "
                 f"{count(len(manifest.partitions), 'partition')}, the first at {manifest.partitions[0].period:%Y-%m-%d}",
                 fix=f"give a later --as-of, or shorten data.{name} or data.train in pack.yaml",
+            )
+
+
+def require_target(run: Run, store: Store, manifest: Manifest, windows: Windows) -> None:
+    """Raise SourceError for rows without a target, and for a window to learn from or judge on that has one class."""
+    import polars as pl
+
+    pack, target = run.pack, run.pack.data.target
+    values = {
+        part.period: pl.read_parquet(store.path(part.object), columns=[target])[target] for part in manifest.partitions
+    }
+    empty = {
+        period: int((column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()).sum())
+        for period, column in values.items()
+    }
+    if missing := {period: rows for period, rows in empty.items() if rows}:
+        raise SourceError(
+            f"pack {pack.name}: the target {target!r} is empty in {count(sum(missing.values()), 'row')} of {manifest.rows}, "
+            f"the first in {period_name(min(missing), manifest.partition)}",
+            fix=f"fill it in the source or leave those rows out; expect_column_values_to_not_be_null: {{column: {target}}} "
+            "under expectations in pack.yaml sets a few aside",
+        )
+    if pack.data.task == "regression":
+        return
+    for name in ("train", "holdout"):
+        window: Window = getattr(windows, name)
+        classes = {value for part in manifest.within(window) for value in values[part.period].unique()}
+        if len(classes) == 1:
+            raise SourceError(
+                f"pack {pack.name}: the target {target!r} is {classes.pop()!r} in every row of the {name} window {window}",
+                fix=f"see what the source holds for these days, or make data.{name} longer in pack.yaml",
             )

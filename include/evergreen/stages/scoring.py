@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evergreen import database as db
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, RegistryError
 from evergreen.evaluation import plots, significance, slices
 from evergreen.pack import TASK_METRICS
+from evergreen.registry import promotion
 from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
     Difference,
@@ -39,6 +41,22 @@ from evergreen.training import jobs
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
+
+
+def incumbent(run: Run, registry: Registry, model: Ref) -> ModelVersion | None:
+    """The champion that `model` is compared with: none where it is this very model.
+
+    Where a killed attempt of this run has made it champion, the one before it, so that a retry compares the same two.
+    """
+    name = run.pack.name
+    champion = registry.champion(name)
+    if champion is None or champion.model_hash != model.hash:
+        return champion
+    mine = promotion.moved_by(db.connect(run.settings.database_url), run, champion.version)
+    if mine is None:
+        return None
+    before = mine.body["previous" if mine.body["status"] == "done" else "champion"]
+    return registry.version(name, before) if before is not None else None
 
 
 def withheld_because(registry: Registry, champion: ModelVersion | None, holdout: Window) -> str | None:
