@@ -1,9 +1,8 @@
 """The peer of `chain.py`: the same chain as a script that one would first write, without Airflow or Evergreen.
 
 Same flights, features, windows and expectations; one network of the sizes of which the pack trains four, for as many
-epochs. As first
-written it calls `dvc` by its command line, feeds the network through a DataLoader, and lets MLflow infer the
-requirements; `--tuned` calls DVC in process, indexes resident tensors, and pins the requirements.
+epochs. As first written it calls `dvc` by its command line, feeds the network through a DataLoader, and lets MLflow
+infer the requirements; `--tuned` calls DVC in process, indexes resident tensors, and pins the requirements.
 
 What it does not do, and the chain does: intervals, slices, lineage, resuming, receipts, scoring in a fresh process,
 verifying what it reads, an orchestrator's record of the run.
