@@ -43,7 +43,8 @@ def environment(settings: Settings) -> dict[str, str]:
         "AIRFLOW_HOME": str(home),
         "AIRFLOW__CORE__DAGS_FOLDER": str(settings.project / "dags"),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(settings.project / "plugins"),
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}",
+        # SQLite's writers queue: on a busy machine the default five seconds end in "database is locked".
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}?timeout=60",
         "EVERGREEN_HOME": str(settings.home),
         "EVERGREEN_PROJECT": str(settings.project),
         "EVERGREEN_PACKS": str(settings.packs),
@@ -69,7 +70,8 @@ def prepare(settings: Settings) -> None:
     version = importlib.metadata.version("apache-airflow-core")
     with (home / "database-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once
-        if not done.is_file() or done.read_text(encoding="ascii") != version:
+        ready = done.is_file() and done.read_text(encoding="ascii") == version
+        if not ready or not (home / "airflow.cfg").is_file():
             from airflow.configuration import write_default_airflow_configuration_if_needed
             from airflow.utils.db import upgradedb
 

@@ -10,6 +10,7 @@ from typing import Any
 from airflow.sdk import get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException
 
+from evergreen import database as db
 from evergreen import keys
 from evergreen.errors import PackError, SourceError, TrainingError, ValidationError
 from evergreen.pack import Pack, load, parse_instant
@@ -65,12 +66,16 @@ def current_run(pack_name: str, context: Any) -> Run:
     settings = Settings.from_env()
     dag_run, params = context["dag_run"], context["params"]
     run_type = str(getattr(dag_run.run_type, "value", dag_run.run_type))
+    scheduled = dag_run.logical_date or dag_run.run_after
+    if run_type == "scheduled":
+        # The first tick may lie before the home was made; unlike a backfill, it means now.
+        scheduled = max(scheduled, db.connect(settings.database_url).made_at())
     return keys.begin(
         settings,
         load(settings.packs, pack_name),
         dag_run.run_id,
         as_of=parse_instant(params["as_of"]) if params.get("as_of") else None,
-        scheduled=dag_run.logical_date or dag_run.run_after,
+        scheduled=scheduled,
         reason=params.get("reason") or REASONS.get(run_type, "a person asked"),
         force=bool(params.get("force")),
     )

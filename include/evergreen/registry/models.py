@@ -60,6 +60,12 @@ COLUMN_TYPES = {
 }
 
 
+ON_VERSION = frozenset(
+    ["evergreen.run_id", "evergreen.as_of", "evergreen.reason", "evergreen.snapshot.tag", "evergreen.code.revision"]
+)
+"""What of the lineage a version is tagged with, for people who look at a list of them; its MLflow run has all of it."""
+
+
 class ModelVersion(Value):
     """One version in the registry, as far as its tags tell; `lineage` of the registry tells the rest."""
 
@@ -103,16 +109,13 @@ class Registry:
         """Make the version of `folder` for `key`, once; return its number and its MLflow run's id.
 
         `artifacts` maps a path within the run to a file or folder here; `curve` has a `step` in each line. The lineage
-        goes on the version as tags and as the artifact lineage.json. Killed anywhere and called again, there is one
+        goes on the MLflow run as tags and as the artifact lineage.json, the gist of it on the version. Killed anywhere and called again, there is one
         version for `key` in the end, and no leftover. Two calls for one `key` at once are for the caller's lease to
         prevent. Raises RegistryError.
         """
-        wanted = {
-            **flat(lineage),
-            **tags,
-            "evergreen.model_hash": model_hash,
-            KEY: key,
-        }
+        own = {**tags, "evergreen.model_hash": model_hash, KEY: key}
+        whole = flat(lineage) | own
+        wanted = {name: value for name, value in whole.items() if name in ON_VERSION or name in own}
         with self._explained(f"cannot register {name}"):
             version = self._find(name, key)
             if version is None:
@@ -120,7 +123,7 @@ class Registry:
                 self._clear(experiment, key)
                 try:
                     run = self._client.create_run(
-                        experiment, run_name=run_name, tags=_fitting(_run_tags(lineage, description) | wanted, "tag")
+                        experiment, run_name=run_name, tags=_fitting(_run_tags(lineage, description) | whole, "tag")
                     )
                     version = self._make(
                         name,
@@ -311,7 +314,7 @@ class Registry:
         client, name, number = self._client, version.name, str(version.version)
         numbered = lineage.model_copy(update={"version": int(number)})
         client.log_text(version.run_id, numbered.model_dump_json(indent=2), LINEAGE)
-        for tag, value in _fitting({**tags, **flat(numbered)}, "tag").items():
+        for tag, value in _fitting(tags, "tag").items():
             if version.tags.get(tag) != value:
                 client.set_model_version_tag(name, number, tag, value)
         # Shows the version beside the logged model in MLflow's UI, as its own log_model does.

@@ -107,13 +107,22 @@ def test_run_is_finished(made):
     assert made[1].info.status == "FINISHED"
 
 
-def test_tags_tell_the_lineage(made):
-    """Each part of the lineage can be searched for as a tag of the version."""
-    tags = made[0].tags
-    assert (tags["evergreen.snapshot.hash"], tags["evergreen.training.seed"], tags["evergreen.version"]) == (
+def test_tags_of_the_run_tell_the_lineage(made):
+    """Each part of the lineage can be searched for as a tag of the MLflow run."""
+    tags = made[1].data.tags
+    assert (tags["evergreen.snapshot.hash"], tags["evergreen.training.seed"]) == (
         "0123456789abcdef0123456789abcdef.dir",
         "7",
-        "1",
+    )
+
+
+def test_a_version_is_tagged_with_the_gist(made):
+    """A list of versions stays readable: snapshot and as-of are there, the thirty other parts are not."""
+    tags = made[0].tags
+    assert (tags["evergreen.snapshot.tag"], "evergreen.as_of" in tags, "evergreen.training.seed" in tags) == (
+        "made/20130401T000000Z-0123abcd",
+        True,
+        False,
     )
 
 
