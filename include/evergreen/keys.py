@@ -56,9 +56,8 @@ def note(run: Run, stage: str, state: State, text: str = "", **more: float | Non
     log.log(level, "%s %s%s", stage, state, f": {text}" if text else "", extra={"evergreen_note": said})
 
 
-@functools.cache
 def code_hash(paths: tuple[Path, ...]) -> str:
-    """sha256 over the bytes of the package's source files that a stage runs."""
+    """sha256 over the bytes of the source files that a stage runs, as they are now: a pack's may change meanwhile."""
     content = hashlib.sha256()
     for path in sorted(paths):
         content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
