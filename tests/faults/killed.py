@@ -1,0 +1,272 @@
+"""Trials that kill the process of a stage, or let two race: run as a script, which prints one JSON line.
+
+    killed.py TRIALS    a JSON list of trials, each of [FOLDER, first|next, TRIAL, …]:
+
+    points [POINT …]    the chain is killed just before each of these calls (before every one where none is named), each
+                        time from the same start, and performed again
+    row POINT …         one run, killed before each of these calls in turn
+    adopted             the waiting process is killed while its training job is at work
+    race RUN RUN        two processes perform runs of these ids at once
+
+`first` is the pack's first run ever; `next` finds a champion that an earlier run made. A point is `stage/call/n`: the
+n-th such call within the stage. The script imports what stages need once and then forks; it opens nothing itself, since
+neither SQLite's connections nor polars' threads survive a fork.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from conftest import AS_OF, NAME, Home, perform_stage
+from evergreen import database as db
+from evergreen.data import store
+from evergreen.database import Database
+from evergreen.history import history_of
+from evergreen.run import Value
+from evergreen.stages import CHAIN
+from evergreen.training import jobs
+from evergreen.training.runtimes import process
+from mlflow import MlflowClient
+
+for library in ("dvc.config", "dvc.fs", "matplotlib.pyplot", "mlflow.pyfunc", "polars", "pyarrow.dataset"):
+    importlib.import_module(library)  # so that no child pays for it
+
+RUN = "scheduled__2024-01-13T00:00:00+00:00"
+WRITES = (
+    "create_experiment",
+    "create_run",
+    "log_artifacts",
+    "create_logged_model",
+    "log_model_artifacts",
+    "finalize_logged_model",
+    "log_outputs",
+    "log_inputs",
+    "log_batch",
+    "create_registered_model",
+    "create_model_version",
+    "log_text",
+    "set_model_version_tag",
+    "set_logged_model_tags",
+    "set_terminated",
+    "set_registered_model_alias",
+    "delete_registered_model_alias",
+)
+"""What changes the registry."""
+CALLS = (
+    (Database, ("append",)),
+    (store.Store, ("put", "put_json", "put_bytes", "push", "commit")),
+    (store, ("_git",)),
+    (jobs, ("start", "wait", "discard")),
+    (process, ("launch",)),
+    (MlflowClient, WRITES),
+)
+WAITS = "    for step in range(1, job.params"
+
+
+class Watch:
+    """Counts the calls of a process, and kills it before the one called `point`."""
+
+    def __init__(self, point: str | None) -> None:
+        self.point = point
+        self.stage = "begin"
+        self.met: list[str] = []
+        for owner, names in CALLS:
+            for name in names:
+                setattr(owner, name, self.watched(getattr(owner, name), name))
+
+    def watched(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def watched(*arguments: Any, **more: Any) -> Any:
+            # What is appended is the second argument, the command of git the first.
+            shown = {"append": f"append {arguments[2:3]}", "_git": f"git {arguments[:1]}"}.get(name, name)
+            label = f"{self.stage}/{shown.translate(str.maketrans('', '', chr(39) + '(),'))}"
+            label += f"/{Counter(met.rpartition('/')[0] for met in self.met)[label] + 1}"
+            self.met.append(label)
+            if label == self.point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **more)
+
+        return watched
+
+
+def perform(home: Home, run_id: str = RUN, point: str | None = None, state: Path | None = None) -> None:
+    """The chain from the first stage on; then the state is written down."""
+    watch = Watch(point)
+    run = home.begin(run_id)
+    values: dict[str, Value] = {}
+    for stage in CHAIN:
+        watch.stage = stage
+        perform_stage(run, stage, values)
+    if state is not None:
+        met = list(watch.met)
+        state.write_text(json.dumps({"state": end_state(home, run_id, values), "met": met}))
+
+
+def end_state(home: Home, run_id: str, values: dict[str, Value]) -> dict[str, Any]:
+    """What must be the same after a kill and a retry as after an undisturbed run."""
+    said = {name: value.model_dump(mode="json") for name, value in values.items()}
+    seen = home.visible()
+    client = home.registry._client
+    return {
+        "stage events": home.stages("stage"),
+        "receipts": home.stages("receipt"),
+        "failures": home.stages("failure"),
+        "promotions": [event.body["status"] for event in home.events("promotion")],
+        "verdicts": len(home.events("verdict")),
+        "first bad event": home.database.first_bad(NAME),
+        "outcome": history_of(home.database, run_id)["outcome"],
+        "partitions": (said["ingest"]["known"], said["ingest"]["manifest"]["hash"]),
+        "validated": said["validate"]["manifest"]["hash"],
+        "snapshot": (said["snapshot"]["hash"], said["snapshot"]["tag"]),
+        "tags": seen["tags"],
+        "commits": len(seen["commits"]),
+        "model": said["train"]["model"]["hash"],
+        "trainings begun": begun(home, values),
+        "figures": said["evaluate"]["challenger"]["metrics"],
+        "registered": (said["register"]["version"], said["register"]["new"]),
+        "versions": [(version.version, version.aliases, version.complete) for version in seen["versions"]],
+        "mlflow runs": [client.get_run(run).info.status for run in seen["mlflow runs"]],
+        "logged models": len(seen["logged models"]),
+        "tag of the verdict": home.champion.tags["evergreen.verdict.decision"] if home.champion else None,
+        "promoted": said["promote"],
+        "left in jobs": home.leftovers(),
+        "processes": len(home.processes()),
+        "leases": leases(home),
+    }
+
+
+def begun(home: Home, values: dict[str, Value]) -> int:
+    """How often the training function was entered."""
+    from evergreen.data.store import Store
+
+    return Store(home.settings).read_bytes(values["train"].log).count(b"training begins")  # type: ignore[attr-defined]
+
+
+def leases(home: Home) -> list[str]:
+    with home.database.engine.connect() as connection:
+        return [row.name for row in connection.execute(db.leases.select())]
+
+
+def fork(function: Callable[..., None], *arguments: Any) -> int:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function(*arguments)
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def ended(pid: int) -> str:
+    """How a child ended; a failure other than a SIGKILL ends the script."""
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return "killed"
+    if status != 0:
+        sys.exit("a child failed")
+    return "done"
+
+
+def make(root: Path, start: str) -> Home:
+    """The home of the trials, and a copy of it as it is at their start; by a child, for polars is not to be used here."""
+
+    def made() -> None:
+        home = Home.make(root / "live")
+        if start == "next":
+            home.perform("before", as_of=AS_OF - timedelta(days=1))
+
+    ended(fork(made))
+    shutil.copytree(root / "live", root / "start")
+    return Home.at(root / "live")
+
+
+def again(root: Path) -> None:
+    """The home as it was at the start, in the same place: its databases hold paths."""
+    shutil.rmtree(root / "live")
+    shutil.copytree(root / "start", root / "live")
+
+
+def performed(root: Path, home: Home, run_id: str = RUN) -> dict[str, Any]:
+    """The state after a child has performed the run, and the calls that it made."""
+    file = root / "state.json"
+    ended(fork(perform, home, run_id, None, file))
+    return json.loads(file.read_text())
+
+
+def points(root: Path, home: Home, *chosen: str) -> dict[str, Any]:
+    whole = performed(root, home)
+    trials = []
+    for point in chosen or whole["met"]:
+        again(root)
+        death = ended(fork(perform, home, RUN, point))
+        trials.append({"point": point, "death": death, "state": performed(root, home)["state"]})
+    return {"undisturbed": whole["state"], "trials": trials}
+
+
+def row(root: Path, home: Home, *chosen: str) -> dict[str, Any]:
+    whole = performed(root, home)["state"]
+    again(root)
+    deaths = [ended(fork(perform, home, RUN, point)) for point in chosen]
+    return {"undisturbed": whole, "deaths": deaths, "state": performed(root, home)["state"]}
+
+
+def adopted(root: Path, home: Home) -> dict[str, Any]:
+    """The job waits until its second caller has found it."""
+    waits = "    import time\n    while not (job.folder / 'go').exists(): time.sleep(0.01)\n"
+    home.write_model(WAITS, waits + WAITS)
+    death = ended(fork(perform, home, RUN, "train/wait/1"))
+    (folder,) = home.settings.jobs.glob("train-*")
+    started = json.loads((folder / "pid.json").read_text())["pid"]
+    found = root / "found.json"
+
+    def second() -> None:
+        start = jobs.start
+
+        def starts(*arguments: Any) -> jobs.Handle:
+            handle = start(*arguments)
+            if handle.spec.kind == "train":
+                now = json.loads((handle.folder / "pid.json").read_text())["pid"]
+                found.write_text(json.dumps({"found": handle.found, "adopted": now}))
+                (handle.folder / "go").touch()
+            return handle
+
+        jobs.start = starts
+        perform(home, RUN, None, root / "state.json")
+
+    ended(fork(second))
+    state = json.loads((root / "state.json").read_text())["state"]
+    return {"death": death, "started": started, **json.loads(found.read_text()), "state": state}
+
+
+def race(root: Path, home: Home, *run_ids: str) -> dict[str, Any]:
+    files = [root / f"racer-{number}.json" for number in range(len(run_ids))]
+    pids = [fork(perform, home, run_id, None, file) for run_id, file in zip(run_ids, files, strict=True)]
+    for pid in pids:
+        ended(pid)
+    racers = [json.loads(file.read_text())["state"] for file in files]
+    return {"racers": racers, "state": performed(root, home, run_ids[0])["state"]}
+
+
+TRIALS = {"points": points, "row": row, "adopted": adopted, "race": race}
+
+if __name__ == "__main__":
+    answers = []
+    for place, begins, trial, *more in json.loads(sys.argv[1]):
+        Path(place).mkdir()
+        answers.append(TRIALS[trial](Path(place), make(Path(place), begins), *more))
+    print(json.dumps(answers))  # noqa: T201
