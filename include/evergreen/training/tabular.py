@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -52,6 +53,10 @@ COMPILE_FROM_BATCHES = 2000
 
 ROWS_AT_ONCE = 16384
 """Rows of the validation window that are scored together."""
+
+
+REQUIREMENTS = ("numpy", "pandas", "safetensors")
+"""Of the model folder: what `tabular_loader` imports."""
 
 
 class Params(BaseModel):
@@ -108,30 +113,53 @@ def train(data: TrainingData, job: Job, *, drop: Sequence[str] = ()) -> None:
     not finite.
     """
     params = Params.of(job.params)
-    columns = _columns(data, drop)
-    job.describe(inputs=columns, requirements=["numpy", "pandas", "safetensors"])
-    target = Target.of(data)
-    features = [_feature(data.train[name], params) for name in columns]
-    positions = encode(data.train.select(columns).to_pandas(), features)
-    held = encode(data.validation.select(columns).to_pandas(), features)
+    prepared = Prepared.of(data, params, job.device, drop)
+    job.describe(inputs=[feature["name"] for feature in prepared.features], requirements=REQUIREMENTS)
     with reproducible(job.device, params.threads):
         torch.manual_seed(job.seed)
-        network = Network(features, target.outputs, params).to(job.device)
-        fit(
-            network,
-            Rows.of(positions, target.encode(data.train[data.target]), target.task, job.device),
-            Rows.of(held, target.encode(data.validation[data.target]), target.task, job.device),
-            params,
-            job,
-        )
+        network = Network(prepared.features, prepared.target.outputs, params).to(job.device)
+        fit(network, prepared.rows, prepared.held, params, job)
+    shutil.copyfile(Path(tabular_loader.__file__), job.model_dir / "loader.py")
+    save_file(network.export(), job.model_dir / "weights.safetensors")
     preprocessing = {
-        "task": target.task,
-        "classes": target.classes,
-        "target": {"mean": target.mean, "scale": target.scale},
-        "features": features,
+        "task": data.task,
+        "classes": prepared.target.classes,
+        "target": {"mean": prepared.target.mean, "scale": prepared.target.scale},
+        "features": prepared.features,
         "trained_with": {"torch": torch.__version__, "device": job.device, "threads": params.threads},
     }
-    _write(job.model_dir, network, preprocessing)
+    text = json.dumps(preprocessing, indent=1) + "\n"
+    (job.model_dir / "preprocessing.json").write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The windows as tensors on the device, and what made them so."""
+
+    features: list[dict[str, Any]]
+    """As `tabular_loader.encode` takes them."""
+    target: Target
+    rows: Rows
+    """Of the training window."""
+    held: Rows
+    """Of the validation window."""
+
+    @classmethod
+    def of(cls, data: TrainingData, params: Params, device: str, drop: Sequence[str] = ()) -> Prepared:
+        """Vocabularies, knots and scale are from the training window alone. Raises TrainingError as `train` does."""
+        columns = _columns(data, drop)
+        target = Target.of(data)
+        features = [_feature(data.train[name], params) for name in columns]
+        rows, held = (
+            Rows.of(
+                encode(window.select(columns).to_pandas(), features),
+                target.encode(window[data.target]),
+                target.task,
+                device,
+            )
+            for window in (data.train, data.validation)
+        )
+        return cls(features=features, target=target, rows=rows, held=held)
 
 
 @dataclass(frozen=True)
@@ -263,6 +291,8 @@ def fit(network: Network, rows: Rows, held: Rows, params: Params, job: Job) -> N
             if batch % REPORT_EVERY == 0 and seen < len(rows):
                 job.progress(batch + 1, of, loss=float(total) / seen)
         mean_loss = float(total) / seen
+        if not math.isfinite(mean_loss):
+            job.progress((epoch + 1) * batches, of, loss=mean_loss)  # refuses it
         samples_per_s = seen / (time.perf_counter() - started)
         metrics = {"loss": mean_loss, **validate(network, held), "samples_per_s": samples_per_s}
         job.progress((epoch + 1) * batches, of, **metrics)
@@ -500,12 +530,3 @@ def _check_target(rows: pl.DataFrame, window: str, data: TrainingData) -> None:
             f"{where} holds {', '.join(f'{value!r} ({count} times)' for value, count in found)}, and data.task is binary",
             fix="make it 0 and 1, or a bool, or write data.task: multiclass",
         )
-
-
-def _write(folder: Path, network: Network, preprocessing: dict[str, Any]) -> None:
-    """The model folder: the loader, the weights, and what turns raw columns into places."""
-    from safetensors.numpy import save_file
-
-    shutil.copyfile(Path(tabular_loader.__file__), folder / "loader.py")
-    save_file(network.export(), folder / "weights.safetensors")
-    (folder / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n", encoding="utf-8")

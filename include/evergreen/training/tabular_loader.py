@@ -68,7 +68,7 @@ class Tabular:
         rows = low + self.first_rows
         table = self.weights["table"]
         embedded = table[rows] * (1 - between) + table[rows + 1] * between
-        members = embedded.reshape(1, len(positions), -1)
+        members = embedded.reshape(1, len(positions), table.shape[1] * len(self.features))
         for layer in range(self.hidden_layers):
             weight, bias = self.weights[f"hidden.{layer}.weight"], self.weights[f"hidden.{layer}.bias"]
             members = np.maximum(members @ weight + bias, 0)
