@@ -45,6 +45,7 @@ def stage_task(pack: Pack, stage: str) -> Any:
     @task(
         task_id=stage,
         multiple_outputs=False,
+        show_return_value_in_logs=False,  # the stage says what it did, in words
         retries=2,
         retry_delay=timedelta(seconds=5),
         execution_timeout=None,  # the job has its own, and outlives the task

@@ -17,7 +17,7 @@ from evergreen.data import validation
 from evergreen.data.store import Store
 from evergreen.errors import StageError
 from evergreen.evaluation import gate
-from evergreen.keys import code_hash, perform, recorded
+from evergreen.keys import code_hash, note, perform, recorded
 from evergreen.pack import Pack
 from evergreen.registry import lineage, promotion
 from evergreen.registry.models import ModelVersion, Registry
@@ -386,6 +386,8 @@ def promote(run: Run, snapshot: Snapshot, trained: Trained, evaluated: Evaluated
                 judged_against=_judged_against(evaluated, champion),
                 verdict=verdict,
             )
+        for reason in verdict.reasons:
+            note(run, "promote", "progress", reason)
         return Promoted(model=pack.name, version=registered.version, verdict=verdict, champion=after, previous=previous)
 
     return perform(
