@@ -59,9 +59,8 @@ rows = (
     .sort("scheduled_departure")
 )
 CATEGORIES = ["carrier", "origin", "dest", "weekday", "manufacturer", "model", "engine"]
-NUMBERS = ["departure_minute", "arrival_minute", "distance", "plane_year", "seats"] + [
-    *("temp", "dewp", "humid", "wind_dir", "wind_speed", "wind_gust", "precip", "pressure", "visib")
-]
+NUMBERS = ["departure_minute", "arrival_minute", "distance", "plane_year", "seats"]
+NUMBERS += ["temp", "dewp", "humid", "wind_dir", "wind_speed", "wind_gust", "precip", "pressure", "visib"]
 
 # Validate
 frame = rows.select(*CATEGORIES, *NUMBERS, "scheduled_departure", "late").to_pandas()
@@ -79,14 +78,17 @@ for column, low, high in (
     ("humid", 0, 100),
     ("wind_dir", 0, 360),
 ):
-    suite.add_expectation(
-        gx.expectations.ExpectColumnValuesToBeBetween(column=column, min_value=low, max_value=high)
-    )
+    suite.add_expectation(gx.expectations.ExpectColumnValuesToBeBetween(column=column, min_value=low, max_value=high))
 assert batch.validate(suite).success
 
 # Snapshot
-git = {"check": True, "stdout": subprocess.DEVNULL}
-subprocess.run(["git", "init", "-q"], **git)
+
+
+def call(*command: str) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+call("git", "init", "-q")
 Path("flights").mkdir()
 for (day,), part in rows.group_by(pl.col("scheduled_departure").dt.date()):
     part.write_parquet(f"flights/{day}.parquet")
@@ -102,14 +104,14 @@ if options.tuned:
     repo.push()
 else:
     dvc = str(Path(sys.executable).parent / "dvc")
-    subprocess.run([dvc, "init", "-q"], **git)
-    subprocess.run([dvc, "remote", "add", "-q", "-d", "store", str(options.home / "remote")], **git)
-    subprocess.run([dvc, "add", "-q", "flights"], **git)
-    subprocess.run([dvc, "push", "-q"], **git)
+    call(dvc, "init", "-q")
+    call(dvc, "remote", "add", "-q", "-d", "store", str(options.home / "remote"))
+    call(dvc, "add", "-q", "flights")
+    call(dvc, "push", "-q")
 identity = ["-c", "user.name=me", "-c", "user.email=me@example.com"]
-subprocess.run(["git", "add", "flights.dvc", ".gitignore", ".dvc"], **git)
-subprocess.run(["git", *identity, "commit", "-qm", "flights"], **git)
-subprocess.run(["git", "tag", "flights-2013-04-01"], **git)
+call("git", "add", "flights.dvc", ".gitignore", ".dvc")
+call("git", *identity, "commit", "-qm", "flights")
+call("git", "tag", "flights-2013-04-01")
 
 # Train
 torch.manual_seed(7)

@@ -31,13 +31,14 @@ import lightgbm
 import numpy as np
 import pandas as pd
 import polars as pl
+from sklearn.metrics import roc_auc_score
+
 from evergreen.pack import Pack
 from evergreen.run import Window, Windows
 from evergreen.training import tabular
 from evergreen.training.checkpoints import FolderCheckpoint
 from evergreen.training.jobs import Job, TrainingData
 from evergreen.training.tabular_loader import load
-from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).resolve().parents[1]
 GOAL = -0.005

@@ -26,12 +26,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from quality import ROOT, training_job, within, year
+from torch.utils.data import DataLoader, TensorDataset
+
 from evergreen.pack import Pack
 from evergreen.run import Windows
 from evergreen.training import tabular
 from evergreen.training.jobs import Job
-from quality import ROOT, training_job, within, year
-from torch.utils.data import DataLoader, TensorDataset
 
 GOAL = 0.9
 

@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
+
 from evergreen.data import partitions, sources, validation
 from evergreen.data.store import Store
 from evergreen.pack import CsvSource, Pack

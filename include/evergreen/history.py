@@ -147,7 +147,7 @@ def _why_it_ran(database: Database, event: Event) -> dict[str, Any]:
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What differs between the parts of two keys, as `code`, `inputs.data`, `parameters.params.epochs`, …"""
+    """What differs between the parts of two keys: `code`, `inputs.data`, `parameters.params.epochs` and the like."""
     found = []
     for part in before.keys() | after.keys():
         old, new = before.get(part), after.get(part)

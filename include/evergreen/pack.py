@@ -316,7 +316,7 @@ def load(packs: Path, name: str) -> Pack:
 Location = tuple[str | int, ...]
 
 
-def _parse(file: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:
+def _parse(file: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:  # noqa: C901  one case a line
     """The YAML mapping as plain values, and the 1-based line of every key and item by its path."""
     loader = yaml.CSafeLoader(text)
     lines: dict[Location, int] = {}

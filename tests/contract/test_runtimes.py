@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from evergreen.errors import JobError
 from evergreen.training.runtimes import Runtime, process
 

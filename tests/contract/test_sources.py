@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import polars as pl
 import pytest
+
 from evergreen import pack
 from evergreen.data import partitions, sources
 from evergreen.errors import SourceError

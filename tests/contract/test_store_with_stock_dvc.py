@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+
 from evergreen.data.store import Commit, Store
 from evergreen.run import Ref
 from evergreen.settings import Settings

@@ -5,6 +5,7 @@ import sys
 import tempfile
 
 import pytest
+
 from evergreen.laws import scaffold
 
 if "airflow" not in sys.modules:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from evergreen.laws import scaffold
 
 PROJECT = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from evergreen.laws import scaffold
 
 pytestmark = pytest.mark.slow

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+
 from evergreen import database as db
 from evergreen import keys
 from evergreen.database import Database, Event

@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from conftest import AS_OF, NAME, Home, perform_stage
+from mlflow import MlflowClient
+
 from evergreen import database as db
 from evergreen.data import store
 from evergreen.database import Database
@@ -38,7 +40,6 @@ from evergreen.run import Value
 from evergreen.stages import CHAIN
 from evergreen.training import jobs
 from evergreen.training.runtimes import process
-from mlflow import MlflowClient
 
 for library in ("dvc.config", "dvc.fs", "matplotlib.pyplot", "mlflow.pyfunc", "polars", "pyarrow.dataset"):
     importlib.import_module(library)  # so that no child pays for it

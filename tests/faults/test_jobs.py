@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+
 from evergreen.settings import Settings
 from evergreen.training import jobs
 from evergreen.training.jobs import JobSpec

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from evergreen.errors import JobError
 
 STAGES = ["ingest", "validate", "snapshot", "train", "evaluate", "register", "promote"]

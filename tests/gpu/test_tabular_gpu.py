@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evergreen.training import tabular
 from sklearn.metrics import roc_auc_score
+
+from evergreen.training import tabular
 
 pytestmark = [
     pytest.mark.gpu,

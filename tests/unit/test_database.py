@@ -6,6 +6,7 @@ import time
 
 import pytest
 import sqlalchemy as sa
+
 from evergreen.database import HEAD, Database
 from evergreen.errors import DatabaseError, LeaseHeldError
 

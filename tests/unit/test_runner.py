@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import safetensors.numpy
+
 from evergreen.errors import EvaluationError, PackError, SourceError, TrainingError
 from evergreen.pack import parse_instant
 from evergreen.run import Window

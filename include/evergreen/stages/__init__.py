@@ -289,9 +289,7 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
 
 
 @recorded
-def register(
-    run: Run, ingested: Ingested, validated: Validated, snapshot: Snapshot, trained: Trained, evaluated: Evaluated
-) -> Registered:
+def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Trained, evaluated: Evaluated) -> Registered:
     """Create the MLflow version, with all that made it written on it; or find that this very model is there already."""
     pack, store = run.pack, Store(run.settings)
     registry = Registry(run.settings)
@@ -342,7 +340,7 @@ def register(
         return Registered(model=pack.name, version=version, mlflow_run=mlflow_run, model_hash=trained.model.hash)
 
     # The key holds the MLflow server, whose answer an earlier run's event cannot vouch for: see `intact`.
-    registered = perform(
+    return perform(
         run,
         "register",
         result=Registered,
@@ -352,11 +350,10 @@ def register(
         outputs=lambda _value: [trained.model],
         intact=lambda _ref: known() is not None,
     )
-    return registered
 
 
 @recorded
-def promote(run: Run, snapshot: Snapshot, trained: Trained, evaluated: Evaluated, registered: Registered) -> Promoted:
+def promote(run: Run, evaluated: Evaluated, registered: Registered) -> Promoted:
     """Ask the gate, and move the alias when it says so. Its key holds the run: the registry is outside of us."""
     pack = run.pack
     database = db.connect(run.settings.database_url)

@@ -9,11 +9,12 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from evergreen.data import partitions
 from evergreen.errors import SourceError
 from evergreen.run import Manifest, PartitionFile, Ref, Window
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 START = datetime(2013, 1, 1, tzinfo=UTC)
 WEEK = Window(start=START, end=START + timedelta(days=7))

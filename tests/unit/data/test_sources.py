@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from evergreen import pack
 from evergreen.data import sources
 from evergreen.errors import SourceError

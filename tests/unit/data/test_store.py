@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+
 from evergreen.data.store import ATTEMPTS, Store
 from evergreen.errors import StoreError
 from evergreen.run import Ref

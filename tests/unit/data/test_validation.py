@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+
 from evergreen.data import partitions, validation
 from evergreen.data.store import Store
 from evergreen.errors import PackError, ValidationError

@@ -3,11 +3,12 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from evergreen.evaluation.gate import decide, policy_hash
 from evergreen.pack import GateRules, PrimaryRule, SliceRule
 from evergreen.run import Difference, Estimate, Evaluated, Evaluation, SliceEstimate, Verdict, Window
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 APRIL = datetime(2013, 4, 1, tzinfo=UTC)
 MARCH = datetime(2013, 3, 1, tzinfo=UTC)

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import sklearn.metrics as reference
-from evergreen.errors import EvaluationError
-from evergreen.evaluation.metrics import BINS, METRICS, Rows, direction, figures, score
-from evergreen.pack import TASK_METRICS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
+
+from evergreen.errors import EvaluationError
+from evergreen.evaluation.metrics import BINS, METRICS, Rows, direction, figures, score
+from evergreen.pack import TASK_METRICS
 
 PARTITIONS = 6
 K = 4

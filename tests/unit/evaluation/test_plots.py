@@ -4,9 +4,10 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from evergreen.errors import EvaluationError
 from evergreen.evaluation.plots import draw
-from PIL import Image
 
 
 def binary(seed: int = 1):

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from evergreen.evaluation.metrics import Rows, figures, score
 from evergreen.evaluation.significance import difference, estimate, intervals, paired
 from evergreen.pack import TASK_METRICS
 from evergreen.run import Estimate
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def days(rng: np.random.Generator, count: int, rows: int = 90):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from evergreen.errors import EvaluationError
 from evergreen.evaluation.significance import difference, intervals
 from evergreen.evaluation.slices import differences, estimates

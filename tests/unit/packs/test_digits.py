@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+
 from evergreen.pack import Pack
 from evergreen.run import Window, Windows
 from evergreen.training.checkpoints import FolderCheckpoint

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
+
 from evergreen.pack import Pack
 from evergreen.run import Window
-from polars.testing import assert_frame_equal
 
 FOLDER = Path(__file__).resolve().parents[3] / "include" / "packs" / "flight_delay"
 APRIL = Window(start=datetime(2013, 4, 1, tzinfo=UTC), end=datetime(2013, 4, 8, tzinfo=UTC))

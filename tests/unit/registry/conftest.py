@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+
 from evergreen.pack import Data, Pack
 from evergreen.registry import lineage as parts
 from evergreen.registry.lineage import Code, Environment, Lineage, Training, Validation

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import subprocess
 
+import pytest
+
 import evergreen
 import evergreen.settings
-import pytest
 from evergreen.registry import lineage
 
 KEYS = {

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+
 from evergreen.errors import RegistryError
 from evergreen.registry.models import Registry
 from evergreen.run import Verdict

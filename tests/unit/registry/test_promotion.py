@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from evergreen.database import Database
 from evergreen.registry import promotion
 from evergreen.run import Verdict

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from conftest import model_folder, register, run_of, settings_at
+
 from evergreen.database import Database, leases
 from evergreen.registry import models, promotion
 from evergreen.run import Verdict

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from evergreen.errors import TrainingError
 from evergreen.training import devices
 

@@ -4,6 +4,7 @@ import json
 
 import polars as pl
 import pytest
+
 from evergreen.errors import JobError, SourceError, TrainingError
 from evergreen.pack import parse_instant
 from evergreen.run import Window

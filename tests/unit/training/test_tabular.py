@@ -11,12 +11,13 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
+
 from evergreen.errors import TrainingError
 from evergreen.training import tabular
 from evergreen.training.checkpoints import FolderCheckpoint
 from evergreen.training.jobs import Job, TrainingData, sizes
 from evergreen.training.tabular_loader import load
-from sklearn.metrics import roc_auc_score
 
 QUICK = {"epochs": 8, "batch_size": 128, "min_count": 5, "learning_rate": 0.01}
 

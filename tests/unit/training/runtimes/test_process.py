@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from evergreen.errors import JobError
 from evergreen.training.runtimes import process
 
