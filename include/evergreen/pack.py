@@ -22,6 +22,7 @@ from evergreen.errors import PackError, nearest
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
 CALL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:[A-Za-z_][A-Za-z0-9_]*")
+TEXT_TAG = "tag:yaml.org,2002:str"
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 TASK_METRICS: Mapping[str, tuple[str, ...]] = {
@@ -322,6 +323,9 @@ def _parse(file: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:
     lines: dict[Location, int] = {}
     seen: set[int] = set()
 
+    def scalar_of(node: yaml.Node) -> Any:
+        return node.value if node.tag == TEXT_TAG else loader.construct_object(node, deep=True)
+
     def value_of(node: yaml.Node, where: Location) -> Any:
         line = node.start_mark.line + 1
         lines.setdefault(where, line)
@@ -331,7 +335,7 @@ def _parse(file: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:
         if isinstance(node, yaml.MappingNode):
             found: dict[Any, Any] = {}
             for key_node, child in node.value:
-                key = loader.construct_object(key_node, deep=True)
+                key = scalar_of(key_node)
                 key_line = key_node.start_mark.line + 1
                 if not isinstance(key, str):
                     raise PackError(f"{file}:{key_line}: the key {key!r} is not text", fix="quote it")
@@ -342,7 +346,7 @@ def _parse(file: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:
             return found
         if isinstance(node, yaml.SequenceNode):
             return [value_of(child, (*where, index)) for index, child in enumerate(node.value)]
-        return loader.construct_object(node, deep=True)
+        return scalar_of(node)
 
     try:
         node = loader.get_single_node()

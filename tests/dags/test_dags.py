@@ -81,8 +81,8 @@ def test_the_graph_is_the_chain(apple):
         "snapshot": ["ingest", "validate"],
         "train": ["snapshot"],
         "evaluate": ["snapshot", "train"],
-        "register": ["evaluate", "ingest", "snapshot", "train", "validate"],
-        "promote": ["evaluate", "register", "snapshot", "train"],
+        "register": ["evaluate", "snapshot", "train", "validate"],
+        "promote": ["evaluate", "register"],
     }
 
 

@@ -20,6 +20,25 @@ START = datetime(2000, 1, 1, tzinfo=UTC)
 """Before any data: a backfill may reach as far back as the source does."""
 
 
+PARAMS: dict[str, Param] = {
+    "as_of": Param(
+        None,
+        type=["null", "string"],
+        title="As of",
+        description="The run sees no data at or after this instant: 2013-04-01 or 2013-04-01T06:00:00+00:00. "
+        "Empty: the logical date, else now, on the pack's clock.",
+    ),
+    "reason": Param(None, type=["null", "string"], title="Reason", description="Why the run is asked for."),
+    "force": Param(
+        False,
+        type="boolean",
+        title="Force",
+        description="Do the work again even where an earlier run did the same.",
+    ),
+}
+"""What a person may say when asking for a run."""
+
+
 def dags_to_parse(build: Callable[[Pack], DAG]) -> list[DAG]:
     """What `build` makes of each pack; a pack of which it can make nothing is left to `refuse_broken_packs`.
 
@@ -74,22 +93,6 @@ def training_dag(pack: Pack) -> DAG:
         auto_register=False,  # the DAG file says which DAGs are its own
         default_args={"owner": pack.owner},
         tags={"evergreen", "train", *pack.tags},
-        params={
-            "as_of": Param(
-                None,
-                type=["null", "string"],
-                title="As of",
-                description="The run sees no data at or after this instant: 2013-04-01 or 2013-04-01T06:00:00+00:00. "
-                "Empty: the logical date, else now, on the pack's clock.",
-            ),
-            "reason": Param(None, type=["null", "string"], title="Reason", description="Why the run is asked for."),
-            "force": Param(
-                False,
-                type="boolean",
-                title="Force",
-                description="Do the work again even where an earlier run did the same.",
-            ),
-        },
     ) as dag:
         made: dict[type, Any] = {}
         before = None
@@ -99,4 +102,6 @@ def training_dag(pack: Pack) -> DAG:
             if before is not None:
                 before >> output
             made[gives] = before = output
+    # Last: Airflow copies the parameters that a DAG has into every task made after them, four times each.
+    dag.params.update(PARAMS)
     return dag
