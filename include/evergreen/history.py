@@ -17,19 +17,17 @@ def runs_of(database: Database, pack: str, limit: int = 20) -> list[dict[str, An
     """The newest runs of a pack, newest first: run_id, pack, at, as_of, reason, outcome, version, champion."""
     began = database.events(pack, kind="run", newest_first=True, limit=limit)
     keep = ("run_id", "pack", "at", "as_of", "reason", "outcome", "version", "champion")
-    return [{key: whole[key] for key in keep} for whole in (history_of(database, str(event.run_id)) for event in began)]
+    runs = [history_of(database, str(event.run_id), pack) for event in began]
+    return [{key: run[key] for key in keep} for run in runs]
 
 
-def history_of(database: Database, run_id: str) -> dict[str, Any]:
+def history_of(database: Database, run_id: str, pack: str | None = None) -> dict[str, Any]:
     """One run: its stages with state, summary and seconds; its failure, verdict, version, metrics and snapshot.
 
     `outcome` is running, failed, promoted, rejected, review or unchanged (nothing new was learned).
     """
-    events = database.events(run_id=run_id)
-    begin = next((event for event in events if event.kind == "run"), None)
-    if begin is None:
-        known = {str(event.run_id) for event in database.events(kind="run", newest_first=True, limit=50)}
-        raise StageError(f"there is no run {run_id!r}", fix=nearest(run_id, known))
+    events = _events_of(database, run_id, pack)
+    begin = next(event for event in events if event.kind == "run")
     stages, values = _stages(database, events)
     evaluated, promoted = values.get("evaluate"), values.get("promote")
     failure = next((event.body for event in reversed(events) if event.kind == "failure"), None)
@@ -53,13 +51,10 @@ def history_of(database: Database, run_id: str) -> dict[str, Any]:
     }
 
 
-def why_run(database: Database, run_id: str) -> list[dict[str, Any]]:
+def why_run(database: Database, run_id: str, pack: str | None = None) -> list[dict[str, Any]]:
     """For each stage of a run: stage, what (ran, skipped or failed), because (in words), changed (parts of its key)."""
-    events = database.events(run_id=run_id)
-    if not events:
-        history_of(database, run_id)  # raises, naming the nearest run
     answers = []
-    for event in events:
+    for event in _events_of(database, run_id, pack):
         if event.kind == "receipt":
             because = f"{event.body['of']} did the same work, and its outputs were verified again"
             answers.append({"stage": event.body["stage"], "what": "skipped", "because": because, "changed": []})
@@ -70,6 +65,21 @@ def why_run(database: Database, run_id: str) -> list[dict[str, Any]]:
         elif event.kind == "stage":
             answers.append(_why_it_ran(database, event))
     return answers
+
+
+def _events_of(database: Database, run_id: str, pack: str | None) -> list[Event]:
+    """The events of a run. Airflow's run ids are unique within a DAG only: two packs' cron runs may share one.
+
+    Raises StageError when there is no such run, or when `pack` is None and several packs have one.
+    """
+    events = database.events(pack, run_id=run_id)
+    packs = sorted({event.pack for event in events if event.kind == "run"})
+    if not packs:
+        known = {str(event.run_id) for event in database.events(pack, kind="run", newest_first=True, limit=50)}
+        raise StageError(f"there is no run {run_id!r}", fix=nearest(run_id, known))
+    if len(packs) > 1:
+        raise StageError(f"{run_id!r} is a run of {', '.join(packs)}", fix=f"say which: --pack {packs[0]}")
+    return events
 
 
 def _stages(database: Database, events: list[Event]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
