@@ -226,7 +226,7 @@ def same_columns(expected: Sequence[str], found: Sequence[str], where: str) -> N
     if extra:
         parts.append(f"has a column {', '.join(map(repr, extra[:5]))}, which was not there before")
     if missing and extra:
-        fix = f"{missing[0]!r} may have been renamed: {nearest(missing[0], extra)} give all of the source the same columns"
+        fix = f"{missing[0]!r} may have been renamed ({nearest(missing[0], extra)}): give all of the source the same columns"
     else:
         fix = "give all of the source the same columns; for a dataset with other columns make another pack"
     raise SourceError(f"{where} {' and '.join(parts)}", fix=fix)

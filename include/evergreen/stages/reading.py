@@ -25,17 +25,26 @@ def how(pack: Pack) -> dict[str, Any]:
 
 
 def known_manifest(run: Run, source: str, store: Store) -> Manifest | None:
-    """What the newest earlier look at the same source saw, if that look's as-of was not after this one's."""
+    """What the newest earlier look at the same source saw, if that look's as-of was not after this one's.
+
+    Looks of runs that came to no snapshot do not count: what was refused may have been mended since.
+    """
     database = db.connect(run.settings.database_url)
     for event in database.events(run.pack.name, kind="stage", newest_first=True):
         parts = event.body["parts"]
         if event.body["stage"] != "ingest" or parts["inputs"]["source"] != source:
             continue
-        if datetime.fromisoformat(parts["inputs"]["as_of"]) <= run.as_of and not run.force:
+        accepted = any(result.body["stage"] == "snapshot" for result in _results(database, event))
+        if accepted and datetime.fromisoformat(parts["inputs"]["as_of"]) <= run.as_of and not run.force:
             ref = Ref.model_validate(event.body["value"]["manifest"])
             if store.verify(ref):
                 return manifest_of(store, ref)
     return None
+
+
+def _results(database: db.Database, of: db.Event) -> list[db.Event]:
+    """How the stages of an event's run ended well: done, or skipped with a receipt."""
+    return [event for event in database.events(of.pack, run_id=of.run_id) if event.kind in ("stage", "receipt")]
 
 
 def observe(
