@@ -23,7 +23,7 @@ from evergreen.errors import EvergreenError
 from evergreen.history import history_of
 from evergreen.pack import Pack, load
 from evergreen.registry.models import ModelVersion, Registry
-from evergreen.run import Ref, Registered, Run, Value
+from evergreen.run import Promoted, Ref, Run, Value
 from evergreen.settings import Settings
 from evergreen.stages import CHAIN
 
@@ -169,12 +169,15 @@ class Home:
             self.settings, self.pack, run_id, as_of=as_of, scheduled=SCHEDULED, reason="a test asked", force=force
         )
 
-    def perform(self, run_id: str, *, until: str = "promote", **asked: Any) -> dict[str, Value]:
-        """The values of the stages up to `until`, for a new run or a retried one."""
+    def perform(
+        self, run_id: str, *, until: str = "promote", after: dict[str, Value] | None = None, **asked: Any
+    ) -> dict[str, Value]:
+        """The values of the stages up to `until`, for a new run or a retried one; from where `after` ends, if given."""
         run = self.begin(run_id, **asked)
-        values: dict[str, Value] = {}
+        values = dict(after or {})
         for stage in CHAIN:
-            perform_stage(run, stage, values)
+            if stage not in values:
+                perform_stage(run, stage, values)
             if stage == until:
                 break
         return values
@@ -274,13 +277,14 @@ class Home:
         assert self.processes() == []
 
     def recovers(self, run_id: str, **asked: Any) -> dict[str, Value]:
-        """Hold the run after the mending to a good end: a complete version that is champion, and nothing half-done."""
+        """Hold the run after the mending to a good end: its version is champion, complete, and nothing is half-done."""
         values = self.perform(run_id, **asked)
-        registered = values["register"]
-        assert isinstance(registered, Registered)
+        promoted = values["promote"]
+        assert isinstance(promoted, Promoted)
+        assert promoted.verdict.decision == "promote", promoted.verdict
         seen = self.visible()
         assert self.champion is not None
-        assert (self.champion.version, self.champion.complete) == (registered.version, True)
+        assert (self.champion.version, self.champion.complete) == (promoted.version, True)
         assert seen["unfinished runs"] == []
         assert len(seen["mlflow runs"]) == len(seen["versions"]) == len(seen["logged models"])
         assert self.database.first_bad(NAME) is None
@@ -300,9 +304,15 @@ def perform_stage(run: Run, stage: str, values: dict[str, Value]) -> None:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def places() -> dict[str, str]:
+    """Fields of the home's Settings that a module wants elsewhere."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, places: dict[str, str]) -> Home:
     """A home with a champion, made by the run `first`; shared by a module's tests, each of which mends what it breaks."""
-    made = Home.make(tmp_path_factory.mktemp("root"))
+    made = Home.make(tmp_path_factory.mktemp("root"), **places)
     made.perform("first")
     return made
 
