@@ -20,9 +20,10 @@ from evergreen.training import jobs
 def work_folder(run: Run) -> Iterator[Path]:
     """A folder for the length of a stage, on the disk of the jobs so that links work."""
     run.settings.jobs.mkdir(parents=True, exist_ok=True)
-    for left in run.settings.jobs.glob(f"stage-{run.slug}-*"):  # by an attempt that was killed: one at a time acts here
+    prefix = f"stage-{run.pack.name}-{run.slug}-"  # runs of two packs may share an Airflow run id
+    for left in run.settings.jobs.glob(f"{prefix}*"):  # by an attempt that was killed: one at a time acts here
         shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"stage-{run.slug}-", dir=run.settings.jobs))
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=run.settings.jobs))
     try:
         yield folder
     finally:
