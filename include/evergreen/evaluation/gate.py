@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Literal, NamedTuple
 
-from evergreen.evaluation.metrics import direction
 from evergreen.pack import GateRules, SliceRule
 from evergreen.run import Difference, Estimate, Evaluated, Evaluation, SliceEstimate, Verdict, count, digest
 
@@ -157,7 +156,7 @@ def _comparison(evaluated: Evaluated, rules: GateRules) -> Iterator[Finding]:
     if primary.test == "superior":
         decision, words = _superior(low, high)
     else:
-        value = difference.estimate.value * direction(primary.metric)
+        value = difference.estimate.value * _direction(primary.metric)
         decision, words = _non_inferior(value, low, high, primary.margin)
     yield Finding(decision, f"{shown}, {words.format(name)} ({change})")
 
@@ -244,7 +243,7 @@ def _gain(difference: Estimate, metric: str) -> tuple[float, float] | None:
     """The interval turned so that more is better; None where there is none."""
     if difference.low is None or difference.high is None or not math.isfinite(difference.low + difference.high):
         return None
-    if direction(metric) > 0:
+    if _direction(metric) > 0:
         return difference.low, difference.high
     return -difference.high, -difference.low
 
@@ -282,3 +281,10 @@ def _instant(instant: datetime) -> str:
 def _some(groups: list[str]) -> str:
     """How many groups, and the first five by name."""
     return f"{count(len(groups), 'group')} ({', '.join(groups[:5])}{' …' if len(groups) > 5 else ''})"
+
+
+def _direction(metric: str) -> int:
+    """+1 where greater is better, -1 where less is."""
+    from evergreen.evaluation.metrics import direction  # it needs numpy, which every parse of a DAG would pay for
+
+    return direction(metric)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from evergreen import database as db
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, RegistryError
-from evergreen.evaluation import plots, significance, slices
 from evergreen.pack import TASK_METRICS
 from evergreen.registry import promotion
 from evergreen.registry.models import ModelVersion, Registry
@@ -152,6 +151,8 @@ def compare(
     """Figures, slices and differences from predictions that are there already."""
     import numpy as np
     import polars as pl
+
+    from evergreen.evaluation import plots, significance, slices  # numpy: every parse of a DAG would pay for it
 
     pack = run.pack
     task = pack.data.task
