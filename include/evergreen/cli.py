@@ -59,7 +59,8 @@ def main() -> None:
     except EvergreenError as error:
         if "--json" in sys.argv:
             print(json.dumps({"error": type(error).__name__, "what": error.what, "fix": error.fix}))  # noqa: T201
-        Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
+        console = Console(stderr=True, highlight=False, soft_wrap=True)  # a path that is broken cannot be copied
+        console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
         raise SystemExit(1) from None
 
 
@@ -79,35 +80,25 @@ def packs(as_json: AsJson = False) -> None:
     database = db.connect(settings.database_url)
     rows: list[dict[str, Any]] = []
     for folder in find(settings.packs):
+        last = runs_of(database, folder.name, limit=1)
+        row: dict[str, Any] = {"pack": folder.name, "description": None, "owner": None, "schedule": None}
+        row |= {"last_run": last[0] if last else None, "error": None}
         try:
             pack = Pack.load(folder)
         except PackError as error:
-            rows.append(
-                {"pack": folder.name, "description": None, "owner": None, "schedule": None, "error": str(error)}
-            )
-            continue
-        last = runs_of(database, pack.name, limit=1)
-        rows.append(
-            {
-                "pack": pack.name,
-                "description": pack.description,
-                "owner": pack.owner,
-                "schedule": pack.triggers.schedule,
-                "last_run": last[0] if last else None,
-                "error": None,
-            }
-        )
+            row["error"] = str(error)
+        else:
+            row |= {"description": pack.description, "owner": pack.owner, "schedule": pack.triggers.schedule}
+        rows.append(row)
     if as_json:
         show_json(rows)
         return
     table = Table("pack", "keeps trained", "schedule", "last run", box=None, pad_edge=False)
     for row in rows:
-        if row["error"]:
-            table.add_row(row["pack"], Text(str(row["error"]), style="red"), "", "")
-            continue
-        last = row["last_run"]
-        ended = f"{last['outcome']}, as of {last['as_of'][:10]}" if last else "none yet"
-        table.add_row(row["pack"], row["description"], row["schedule"] or "", ended)
+        said = Text(row["error"], style="red") if row["error"] else row["description"]
+        newest = row["last_run"]
+        ended = f"{newest['outcome']}, as of {newest['as_of'][:10]}" if newest else "none yet"
+        table.add_row(row["pack"], said, row["schedule"] or "", ended)
     out().print(table)
 
 
@@ -133,7 +124,7 @@ def run(
     view = RunView(loaded, as_of, reason, plain=as_json or not sys.stdout.isatty(), silent=as_json)
     log_file, finished = _execute(settings, loaded, conf, view)
     database = db.connect(settings.database_url)
-    ended = history_of(database, finished.run_id)
+    ended = history_of(database, finished.run_id, pack)
     if as_json:
         show_json({**ended, "success": finished.success, "log": str(log_file)})
     else:
@@ -153,7 +144,7 @@ def _execute(settings: Settings, pack: Pack, conf: dict[str, Any], view: RunView
 
         def follow(run_id: str) -> None:
             if database.latest(pack.name, kind="run", run_id=run_id):  # written by its first task
-                view.follow(history_of(database, run_id))
+                view.follow(history_of(database, run_id, pack.name))
 
         with view.live():
             finished = embedded.run_through_scheduler(settings, pack.name, conf, follow)
@@ -363,11 +354,13 @@ def runs(
 
 @app.command()
 def why(
-    run_id: Annotated[str, typer.Argument(help="A run's id, as `evergreen runs` shows it.")], as_json: AsJson = False
+    run_id: Annotated[str, typer.Argument(help="A run's id, as `evergreen runs` shows it.")],
+    pack: Annotated[str | None, typer.Option(help="Its pack, where several packs have a run of this id.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """For each stage of a run: whether it ran or was skipped, and which input had changed."""
     settings = Settings.from_env()
-    answers = why_run(db.connect(settings.database_url), run_id)
+    answers = why_run(db.connect(settings.database_url), run_id, pack)
     if as_json:
         show_json(answers)
         return
