@@ -1,0 +1,187 @@
+"""What a user may write in pack.yaml, as values. What is wrong in one: tests/contract/test_invalid_packs.py."""
+
+import subprocess
+import sys
+from datetime import UTC, date, datetime, timedelta
+
+import pytest
+
+from evergreen.errors import PackError
+from evergreen.pack import Data, Pack, find, load, parse_duration, parse_instant
+
+PACK = """
+description: Is it more?
+owner: tests@example.com
+source: {kind: csv, path: rows.csv}
+clock: {start: 2013-04-01, speed: 1440}
+data: {target: more, event_time: at, train: 60d, validation: 36h, holdout: 2w}
+expectations:
+  - expect_column_values_to_not_be_null: {column: at, mostly: 0.9}
+  - expect_table_row_count_to_be_between: {min_value: 1}
+training: {call: "model:train", timeout: 90m}
+gate: {primary: {metric: roc_auc}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a sound pack called `more`."""
+    folder = tmp_path / "packs" / "more"
+    folder.mkdir(parents=True)
+    (folder / "pack.yaml").write_text(PACK)
+    (folder / "model.py").write_text("def train(data, job): ...\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("45s", timedelta(seconds=45)),
+        ("90m", timedelta(minutes=90)),
+        ("2h", timedelta(hours=2)),
+        ("60d", timedelta(days=60)),
+        ("1w", timedelta(days=7)),
+        (" 60d ", timedelta(days=60)),
+    ],
+)
+def test_durations(text, expected):
+    """A whole number and a unit."""
+    assert parse_duration(text) == expected
+
+
+@pytest.mark.parametrize("text", ["60", "d", "1.5d", "-1d", "60 days", "1y", "", "1d2h"])
+def test_other_durations_say_what_to_write(text):
+    """What is not a whole number and a unit is refused with an example."""
+    with pytest.raises(ValueError, match="as in 60d"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(("written", "expected"), [("60d", "60d"), ("36h", "36h"), ("90m", "90m"), ("2w", "14d")])
+def test_durations_are_shown_in_the_largest_unit(written, expected):
+    """A duration's JSON, which rules are hashed by, does not depend on the unit it was written in."""
+    whole = Data(target="y", event_time="at", max_staleness=written)
+    assert whole.model_dump(mode="json")["max_staleness"] == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("2013-04-01", datetime(2013, 4, 1, tzinfo=UTC)),
+        (date(2013, 4, 1), datetime(2013, 4, 1, tzinfo=UTC)),
+        ("2013-04-01T06:00", datetime(2013, 4, 1, 6, tzinfo=UTC)),
+        ("2013-04-01T06:00:00+02:00", datetime(2013, 4, 1, 4, tzinfo=UTC)),
+    ],
+)
+def test_instants_are_in_utc(written, expected):
+    """A date is its first instant; a time without a zone is UTC; another zone is turned into UTC."""
+    instant = parse_instant(written)
+    assert (instant, instant.tzinfo) == (expected, UTC)
+
+
+@pytest.mark.parametrize("text", ["soon", "2013-13-01", ""])
+def test_other_instants_say_what_to_write(text):
+    """What is no time is refused with an example."""
+    with pytest.raises(ValueError, match="write 2013-04-01"):
+        parse_instant(text)
+
+
+@pytest.mark.parametrize(
+    ("partition", "shortest", "too_short"),
+    [("hour", "1h", "59m"), ("day", "1d", "23h"), ("week", "7d", "6d"), ("month", "31d", "30d")],
+)
+def test_windows_hold_a_partition(partition, shortest, too_short):
+    """Each window is at least as long as the longest period, so that it cannot be empty by construction."""
+    given = {"target": "y", "event_time": "at", "partition": partition}
+    windows = dict.fromkeys(("train", "validation", "holdout"), shortest)
+    assert Data(**given, **windows).partition == partition
+    with pytest.raises(ValueError, match=f"holdout is shorter than one {partition}"):
+        Data(**given, **{**windows, "holdout": too_short})
+
+
+def test_a_pack_is_named_after_its_folder(folder):
+    """Name and folder are not written in it; the dataset has the same name."""
+    pack = Pack.load(folder)
+    assert (pack.name, pack.folder, pack.dataset) == ("more", folder, "more")
+
+
+def test_what_is_not_written_has_a_default(folder):
+    """Two required files, few required keys."""
+    pack = Pack.load(folder)
+    assert (pack.data.partition, pack.data.task, pack.data.lookback, pack.data.quarantine) == ("day", "binary", 0, 0.02)
+    assert (pack.training.seed, pack.training.gpus, pack.training.params) == (7, "auto", {})
+    assert (pack.gate.primary.test, pack.gate.primary.confidence) == ("non_inferior", 0.95)
+    assert pack.triggers.schedule is None
+
+
+def test_expectations_are_verbatim(folder):
+    """Great Expectations' own types and arguments, in their order."""
+    found = [(expectation.type, expectation.arguments) for expectation in Pack.load(folder).expectations]
+    assert found == [
+        ("expect_column_values_to_not_be_null", {"column": "at", "mostly": 0.9}),
+        ("expect_table_row_count_to_be_between", {"min_value": 1}),
+    ]
+
+
+def test_a_pack_cannot_be_changed(folder):
+    """Packs are values."""
+    with pytest.raises(ValueError, match="frozen"):
+        Pack.load(folder).owner = "somebody else"
+
+
+def test_packs_that_say_the_same_are_equal(folder):
+    """Comments and order do not matter."""
+    before = Pack.load(folder)
+    (folder / "pack.yaml").write_text("# the same\n" + PACK)
+    assert Pack.load(folder) == before
+
+
+def test_code_hash_follows_the_python(folder):
+    """Another byte in the pack's Python is another hash; other files do not matter."""
+    before = Pack.load(folder).code_hash
+    (folder / "README.md").write_text("a card\n")
+    assert Pack.load(folder).code_hash == before
+    (folder / "model.py").write_text("def train(data, job): pass\n")
+    assert Pack.load(folder).code_hash != before
+
+
+def test_the_card_is_the_readme(folder):
+    """The model card is the folder's README; where there is none, the description."""
+    assert Pack.load(folder).card == "Is it more?"
+    (folder / "README.md").write_text("# more\n")
+    assert Pack.load(folder).card == "# more\n"
+
+
+def test_loading_a_pack_runs_none_of_its_python(folder):
+    """A pack whose Python cannot even be imported loads: only jobs import it."""
+    (folder / "model.py").write_text("raise SystemExit('imported')\n")
+    assert Pack.load(folder).name == "more"
+
+
+def test_packs_are_found_by_their_yaml(folder):
+    """Folders with a pack.yaml, sorted; other folders are none of its business."""
+    packs = folder.parent
+    (packs / "notes").mkdir()
+    (packs / "less").mkdir()
+    (packs / "less" / "pack.yaml").write_text("not a pack")
+    assert [found.name for found in find(packs)] == ["less", "more"]
+
+
+def test_an_unknown_pack_suggests_the_nearest(folder):
+    """A name that is nearly right is answered with the right one."""
+    with pytest.raises(PackError, match="there is no pack 'mroe'") as caught:
+        load(folder.parent, "mroe")
+    assert caught.value.fix == "did you mean 'more'?"
+
+
+def test_a_folder_that_cannot_be_a_name_is_refused(folder):
+    """Names become DAG ids, branches and tables: lower-case letters, digits and _."""
+    with pytest.raises(PackError, match="'More-2' cannot name a pack"):
+        Pack.load(folder.rename(folder.parent / "More-2"))
+
+
+def test_importing_the_module_imports_nothing_heavy():
+    """Airflow parses packs often: no data frames, no frameworks."""
+    heavy = "{'polars', 'pandas', 'numpy', 'torch', 'mlflow', 'great_expectations', 'dvc', 'airflow'}"
+    code = f"import sys, evergreen.pack; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
