@@ -130,7 +130,7 @@ def show(pack: dict[str, dict[str, float]], peer: dict[str, dict[str, float]], m
     print(f"  {'':10}" + "".join(f"{name:>10}" for name in columns) + f"{'imports':>10}{'beyond':>10}")
     beyond = []
     for stage in STAGES:
-        imports = mlflow_s if stage in LOOKS_FIRST else 0.0
+        imports = min(mlflow_s, pack[stage]["before"]) if stage in LOOKS_FIRST else 0.0
         beyond.append(pack[stage]["total"] - pack[stage]["own"] - imports)
         print(
             f"  {stage:10}"

@@ -232,7 +232,7 @@ def read_through_the_api(home, run_id):
 
 def killed_while_training(home, go):
     """A run whose training task is killed with SIGKILL while its job waits; then the job is let go on."""
-    asked = home.begin("run", "waits")
+    asked = home.begin("run", "waits", "--as-of", f"{TODAY - timedelta(days=1):%Y-%m-%d}", "--reason", "a test")
     job = until(lambda: home.job("waits"))
     task = until(lambda: (found := home.task("waits", "train")) and found["state"] == "running" and found)
     os.kill(task["pid"], signal.SIGKILL)
@@ -330,6 +330,12 @@ def test_a_killed_task_leaves_one_version(story):
     waits = story["waits"]
     assert waits["status"] == 0, waits["output"]
     assert [(run["outcome"], run["version"]) for run in waits["runs"]] == [("promoted", 1)]
+
+
+def test_what_is_asked_for_reaches_the_run(story):
+    """The as-of and the reason given on the command line are the run's."""
+    (run,) = story["waits"]["runs"]
+    assert (run["as_of"][:10], run["reason"]) == (f"{TODAY - timedelta(days=1):%Y-%m-%d}", "a test")
 
 
 def test_the_live_view_follows_the_events(story):

@@ -1,0 +1,108 @@
+"""The embedded home's bookkeeping: its environment, its ports, and which processes are its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from evergreen.errors import SettingsError
+from evergreen.orchestration import embedded
+from evergreen.settings import Settings
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """A home of its own, and no word of Airflow in the environment."""
+    for name in list(os.environ):
+        if name.startswith(("AIRFLOW", "EVERGREEN", "MLFLOW")):
+            monkeypatch.delenv(name)
+    return Settings.from_env({"EVERGREEN_HOME": str(tmp_path / "home")})
+
+
+@pytest.fixture
+def stranger():
+    """A process that has nothing to do with any home, in a session of its own."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def record(settings, pid, started):
+    """Write down that this process is Airflow."""
+    settings.home.mkdir(parents=True)
+    entry = {"address": "http://127.0.0.1:1", "processes": [{"pid": pid, "started": started}]}
+    (settings.home / "services.json").write_text(json.dumps({"airflow": entry}), encoding="utf-8")
+
+
+def test_the_environment_wins_over_the_file(settings, monkeypatch):
+    """What the environment says of Airflow is not changed."""
+    monkeypatch.setenv("AIRFLOW__CORE__PARALLELISM", "16")
+    assert embedded.environment(settings)["AIRFLOW__CORE__PARALLELISM"] == "16"
+
+
+def test_tasks_reach_the_api_server_at_its_port(settings, monkeypatch):
+    """Airflow assumes port 8080 for its tasks; the base URL follows the port that was chosen."""
+    monkeypatch.setenv("AIRFLOW__API__PORT", "18123")
+    assert embedded.environment(settings)["AIRFLOW__API__BASE_URL"] == "http://127.0.0.1:18123"
+
+
+def test_two_homes_share_nothing(tmp_path):
+    """Each home has an Airflow home and a database of its own."""
+    one, other = (embedded.environment(Settings.from_env({"EVERGREEN_HOME": str(tmp_path / n)})) for n in "ab")
+    own = ("AIRFLOW_HOME", "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "EVERGREEN_HOME")
+    assert [name for name in own if one[name] == other[name]] == []
+
+
+def test_a_taken_port_is_named_before_anything_starts(settings, monkeypatch):
+    """`up` says which port, and which variable chooses another; it has started and made nothing."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("AIRFLOW__API__PORT", str(port))
+        with pytest.raises(SettingsError, match=f"(?s)port {port}.*AIRFLOW__API__PORT={port + 1}"):
+            list(embedded.up(settings))
+    assert not settings.home.exists()
+
+
+def test_a_living_process_of_the_home_is_a_service(settings, stranger):
+    """By pid and start time."""
+    record(settings, stranger.pid, psutil.Process(stranger.pid).create_time())
+    assert embedded.services(settings) == {"airflow": "http://127.0.0.1:1"}
+
+
+def test_a_later_process_with_the_same_pid_is_no_service(settings, stranger):
+    """After a restart of the machine, another program may have the pid."""
+    record(settings, stranger.pid, psutil.Process(stranger.pid).create_time() - 3600)
+    assert embedded.services(settings) == {}
+
+
+def test_down_does_not_touch_a_later_process_with_the_same_pid(settings, stranger):
+    """It is another's; the record is dropped."""
+    record(settings, stranger.pid, psutil.Process(stranger.pid).create_time() - 3600)
+    assert (embedded.down(settings), stranger.poll(), embedded.down(settings)) == ([], None, [])
+
+
+def test_down_ends_what_a_dead_service_left_in_its_session(settings):
+    """A scheduler that was killed leaves workers; `down` finds them by their session."""
+    code = "import os, time; os.fork() or time.sleep(600)"
+    leader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    started = psutil.Process(leader.pid).create_time()
+    leader.wait(timeout=60)
+    (left,) = [process for process in psutil.process_iter() if _session(process.pid) == leader.pid]
+    record(settings, leader.pid, started)
+    assert embedded.down(settings) == ["airflow"]
+    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+    leader.stdout.close()
+
+
+def _session(pid):
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
