@@ -51,7 +51,7 @@ def test_tasks_reach_the_api_server_at_its_port(settings, monkeypatch):
     assert embedded.environment(settings)["AIRFLOW__API__BASE_URL"] == "http://127.0.0.1:18123"
 
 
-def test_two_homes_share_nothing(tmp_path):
+def test_two_homes_share_nothing(settings, tmp_path):
     """Each home has an Airflow home and a database of its own."""
     one, other = (embedded.environment(Settings.from_env({"EVERGREEN_HOME": str(tmp_path / n)})) for n in "ab")
     own = ("AIRFLOW_HOME", "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "EVERGREEN_HOME")
