@@ -112,17 +112,18 @@ def test_windows_touch_and_end_at_as_of():
 
 
 @pytest.mark.parametrize(
-    ("partition", "holdout", "starts"),
+    ("partition", "lengths", "starts"),
     [
-        ("hour", "36h", "2024-02-28T12:00"),
-        ("week", "10d", "2024-02-19"),
-        ("month", "31d", "2024-01-01"),  # the 30th of January, floored
+        ("hour", {"train": "61m", "validation": "90m", "holdout": "36h"}, ["02-28T08", "02-28T10", "02-28T12"]),
+        ("week", {"train": "8d", "validation": "8d", "holdout": "10d"}, ["01-22", "02-05", "02-19"]),
+        ("month", {"train": "32d", "validation": "40d", "holdout": "60d"}, ["09-01", "11-01", "01-01"]),
     ],
 )
-def test_windows_hold_whole_partitions(partition, holdout, starts):
-    """A window that begins within a period begins with it."""
-    given = data(partition=partition, holdout=holdout, train="62d", validation="31d")
-    assert Windows.ending(at("2024-03-01"), given).holdout.start == at(starts)
+def test_windows_hold_whole_partitions(partition, lengths, starts):
+    """A window that would begin within a period begins with it."""
+    windows = Windows.ending(at("2024-03-01"), data(partition=partition, **lengths))
+    found = [window.start for window in (windows.train, windows.validation, windows.holdout)]
+    assert [f"{start:%m-%dT%H}" for start in found] == [text if "T" in text else f"{text}T00" for text in starts]
 
 
 @pytest.mark.parametrize(
