@@ -454,8 +454,8 @@ CHAIN: dict[str, Callable[..., Value]] = {
 
 
 def _code(*patterns: str, pack: Pack | None = None) -> tuple[Path, ...]:
-    """The package's source files that a stage runs, and the pack's when it runs those."""
-    files = [file for pattern in patterns for file in PACKAGE.glob(pattern)]
+    """The package's source files that a stage runs, the stages themselves among them; the pack's when it runs those."""
+    files = [file for pattern in ("stages/*.py", *patterns) for file in PACKAGE.glob(pattern)]
     return tuple(sorted(files)) + (pack.python_files if pack else ())
 
 
