@@ -692,6 +692,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
+def import_ahead() -> None:
+    """Import Great Expectations, which takes seconds, before it is needed: beside a job that is waited for, say."""
+    _great_expectations()
+
+
 def _great_expectations() -> Any:
     """The library, imported quietly: under a chatty root logger it would print hundreds of lines, and it phones home."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"

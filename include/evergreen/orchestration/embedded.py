@@ -24,8 +24,10 @@ from urllib.parse import quote
 
 import psutil
 
+from evergreen.data import validation
 from evergreen.errors import EvergreenError, SettingsError
 from evergreen.keys import Note
+from evergreen.pack import Pack, load
 from evergreen.settings import Settings
 from evergreen.training import jobs
 from evergreen.training.checkpoints import write_whole
@@ -94,11 +96,11 @@ def run_in_process(settings: Settings, pack: str, conf: Mapping[str, Any]) -> Fi
     from airflow.sdk import DagRunState
 
     from evergreen.orchestration.dags import training_dag
-    from evergreen.pack import load
 
-    dag = training_dag(load(settings.packs, pack))
+    loaded = load(settings.packs, pack)
+    dag = training_dag(loaded)
     dag.fileloc = str(settings.project / "dags" / "training.py")
-    ahead = _Ahead(settings, pack)
+    ahead = _Ahead(settings, loaded)
     logging.getLogger("evergreen").addHandler(ahead)
     try:
         dag_run = dag.test(logical_date=None, run_conf=dict(conf))
@@ -108,27 +110,28 @@ def run_in_process(settings: Settings, pack: str, conf: Mapping[str, Any]) -> Fi
 
 
 class _Ahead(logging.Handler):
-    """While a training job runs in its own process, imports in this one what the evaluation will need: seconds."""
+    """While a job runs in its own process, imports in this one what the stages after it will need: seconds."""
 
-    def __init__(self, settings: Settings, pack: str) -> None:
+    def __init__(self, settings: Settings, pack: Pack) -> None:
         super().__init__()
         self.settings = settings
         self.pack = pack
-        self.begun = False
 
     def emit(self, record: logging.LogRecord) -> None:
         said = getattr(record, "evergreen_note", None)
-        if not self.begun and isinstance(said, Note) and (said.stage, said.state) == ("train", "progress"):
-            self.begun = True
-            threading.Thread(target=self._import, daemon=True).start()
+        doing = (said.stage, said.state) if isinstance(said, Note) else None
+        if doing == ("ingest", "progress") and self.pack.expectations:  # there is something new to validate
+            threading.Thread(target=validation.import_ahead, daemon=True).start()
+        if doing == ("train", "running"):
+            threading.Thread(target=self._for_evaluation, daemon=True).start()
 
-    def _import(self) -> None:
+    def _for_evaluation(self) -> None:
         import matplotlib.figure  # noqa: F401
 
         from evergreen.registry.models import Registry
 
         with contextlib.suppress(EvergreenError):  # the stage will meet it, and say so
-            Registry(self.settings).champion(self.pack)
+            Registry(self.settings).champion(self.pack.name)
 
 
 def run_through_scheduler(

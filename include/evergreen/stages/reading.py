@@ -10,6 +10,7 @@ from evergreen import database as db
 from evergreen.data import partitions, sources
 from evergreen.data.store import Store
 from evergreen.errors import SourceError, StaleDataError
+from evergreen.keys import note
 from evergreen.pack import Pack, PythonSource
 from evergreen.run import Manifest, PartitionFile, Ref, Run, Window, Windows, count, period_name, step
 from evergreen.stages.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
@@ -53,6 +54,9 @@ def observe(
     """Read what is not known of `window`, and what may have late rows; → manifest, late periods, partitions unchanged."""
     data = run.pack.data
     to_read = partitions.to_read(known, window, data.partition, data.lookback)
+    covered = known.covered if known else None
+    if fresh := [part for part in to_read if covered is None or part.start < covered.start or covered.end < part.end]:
+        note(run, "ingest", "progress", f"reading what is new up to {fresh[-1].end:%Y-%m-%d %H:%M}")
     written: list[PartitionFile] = []
     columns: dict[str, str] = {}
     with work_folder(run) as folder:
