@@ -58,6 +58,8 @@ def main() -> None:
         console = Console(stderr=True, highlight=False, soft_wrap=True)  # a path that is broken cannot be copied
         console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
         raise SystemExit(1) from None
+    finally:
+        gc.freeze()  # a last collection of all that, when the interpreter ends, would take seconds
 
 
 def out() -> Console:
