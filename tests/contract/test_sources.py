@@ -1,6 +1,7 @@
 """Every kind of source, against the same laws."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -175,6 +176,21 @@ def test_a_file_that_may_not_be_read_is_named(kind, tmp_path):
     with unprivileged(tmp_path / f"a.{kind}"), pytest.raises(SourceError, match="may not be read") as caught:
         read(kind, f"a.{kind}", tmp_path)
     assert "grant read access" in caught.value.fix
+
+
+@pytest.mark.parametrize("pattern", ["**/*.csv", "*/a.csv"])
+def test_a_folder_that_may_not_be_read_is_not_left_out(pattern):
+    """One station's folder without permission is an error, not a dataset without that station."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for station in ("north", "south"):
+            (folder / station).mkdir()
+            KINDS["csv"](sample(), folder / station / "a.csv")
+        with unprivileged(folder / "south"), pytest.raises(SourceError, match="south may not be read"):
+            read("csv", pattern, folder)
+        (folder / "south").chmod(0o755)
+        assert sum(frame.height for frame in read("csv", pattern, folder)) == 2 * 24 * 7
 
 
 @contextmanager

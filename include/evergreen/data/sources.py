@@ -3,7 +3,8 @@
 `open_source(source, folder).read(window, event_time)` yields polars frames with the rows of
 `window.start <= event_time < window.end`, in bounded memory, in whatever order and chunks the files give. Rows whose
 event time is null come along too, so that `partitions.write` can refuse them. Paths may be local (relative ones are
-under the pack's folder) or any fsspec URL, with `*` and `**`.
+under the pack's folder) or any fsspec URL, with `*` and `**`; over HTTP, where a folder can be listed only by a page of
+links, `*` stands in the file's name alone.
 
 A `python` source is not here: it runs as a job, and leaves Arrow files that `frames` reads.
 
@@ -13,6 +14,8 @@ Every failure is a SourceError that names the file.
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 from evergreen import pack
 from evergreen.data import partitions
@@ -30,10 +34,17 @@ from evergreen.run import Window
 if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 BLOCK_BYTES = 8 * 2**20
 """A CSV is read in blocks of this size; no row may be longer."""
 BATCH_ROWS = 65_536
+COLUMN_BYTES = {"local": 2**16, "remote": 2**20}
+"""How much of each Parquet column is read at once: from afar more, since every read there is a request."""
+HTTP = ("http", "https")
+NETWORK = "check the address, the network and the credentials, and run again"
+SILENCE_S = 60.0
+"""How long an HTTP server may say nothing, within an answer too."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".lzma")
 """CSV files with these endings are unpacked."""
 
@@ -74,37 +85,35 @@ class Parquet:
     def read(self, window: Window, event_time: str) -> Iterator[pl.DataFrame]:
         columns: list[str] = []
         for file in _files(self.path, self.folder):
-            with _reading(file.name, "write the file again: it is not a whole Parquet file"):
-                fragment = self._fragment(file)
-                schema = fragment.physical_schema
-            columns = _check_columns(columns, schema.names, event_time, file.name)
-            batches = fragment.to_batches(
-                filter=_pushed_down(schema.field(event_time), window),
-                batch_size=BATCH_ROWS,
-                batch_readahead=1,
-                fragment_readahead=1,
-            )
-            while True:
+            with _seekable(file) as opened:
+                with _reading(file.name, "write the file again: it is not a whole Parquet file"):
+                    table = self._table(opened, file)
+                    schema = table.schema_arrow
+                columns = _check_columns(columns, schema.names, event_time, file.name)
                 with _reading(file.name, "write the file again: it is damaged"):
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                if batch.num_rows:
+                    groups = self._row_groups(opened, schema.field(event_time), window)
+                # Not a dataset's scan, which holds whole row groups: here a batch costs a few pages of each column.
+                batches = table.iter_batches(batch_size=BATCH_ROWS, row_groups=groups)
+                while True:
+                    with _reading(file.name, "write the file again: it is damaged"):
+                        batch = next(batches, None)
+                    if batch is None:
+                        break
                     yield _in_window(batch, window, event_time, file.name)
 
-    def _fragment(self, file: _File) -> Any:
-        import pyarrow.dataset as ds
-        from pyarrow import fs as arrow_fs
+    def _table(self, opened: Any, file: _File) -> pq.ParquetFile:
+        import pyarrow.parquet as pq
 
-        # Without pre-buffering, a batch holds a page of each column, not the whole row group.
-        scan = ds.ParquetFragmentScanOptions(
-            use_buffered_stream=True, pre_buffer=False, page_checksum_verification=True
-        )
-        filesystem = (
-            arrow_fs.LocalFileSystem() if file.is_local else arrow_fs.PyFileSystem(arrow_fs.FSSpecHandler(file.system))
-        )
-        file_format = ds.ParquetFileFormat(default_fragment_scan_options=scan)
-        return file_format.make_fragment(file.path, filesystem=filesystem)
+        size = COLUMN_BYTES["local" if file.is_local else "remote"]
+        return pq.ParquetFile(opened, buffer_size=size, pre_buffer=False, page_checksum_verification=True)
+
+    def _row_groups(self, opened: Any, event_time: pa.Field, window: Window) -> list[int]:
+        """The row groups that may hold rows of the window, by the file's statistics."""
+        import pyarrow.dataset as ds
+
+        fragment = ds.ParquetFileFormat().make_fragment(opened)
+        wanted = _pushed_down(event_time, window)
+        return [group.id for group in (fragment if wanted is None else fragment.subset(wanted)).row_groups]
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ class _File:
     system: Any
     path: str
     name: str
-    """As messages call it: the local path, or the URL."""
+    """As messages call it: the local path, or the URL without what may be secret in it."""
 
     @property
     def is_local(self) -> bool:
@@ -199,43 +208,140 @@ class _File:
 
         return isinstance(self.system, LocalFileSystem)
 
+    @property
+    def is_http(self) -> bool:
+        return bool(self.system.protocol == HTTP)
+
+    @property
+    def ending(self) -> str:
+        """What of its path tells how it is packed; a URL may have more behind it, as in `a.csv.gz?signature=…`."""
+        return urlsplit(self.path).path if self.is_http else self.path
+
 
 def _files(path: str, folder: Path) -> list[_File]:
     """The files that `path` means, in the order of their names. Raises SourceError when there is none."""
     import fsspec
 
     url = path if "://" in path or "::" in path else str(folder / path)
-    with _reading(url, "check the address, the network and the credentials"):
-        system, inside = fsspec.core.url_to_fs(url)
-        if not set("*?[") & set(inside):
-            if "://" not in url and Path(inside).is_dir():
-                raise SourceError(f"{url} is a folder", fix="end source.path in /*.parquet, /**/*.csv or the like")
-            return [_File(system, inside, url)]
-        found = system.glob(inside, detail=True)
+    shown = _shown(url)
+    with _reading(shown, NETWORK):
+        system, inside = fsspec.core.url_to_fs(
+            url, **({"get_client": _client} if url.startswith(("http:", "https:")) else {})
+        )
+        file = _File(system, inside, shown)
+        magic = "*[" if file.is_http else "*?["  # in a URL, `?` begins the query
+        if not set(magic) & set(inside):
+            if file.is_local and Path(inside).is_dir():
+                raise SourceError(f"{shown} is a folder", fix="end source.path in /*.parquet, /**/*.csv or the like")
+            return [file]
+        folders = inside.rpartition("/")[0]
+        if file.is_http and set(magic) & set(folders):
+            raise SourceError(f"{shown}: HTTP has no folders to look through", fix="use * in the file's name only")
+        if file.is_local:
+            _require_readable(folders)
+        found = system.glob(inside, detail=True, **({"on_error": "raise"} if file.is_http else {}))
     files = [
-        _File(system, name, system.unstrip_protocol(name) if "://" in url else name)
+        _File(system, name, _shown(system.unstrip_protocol(name)) if "://" in url else name)
         for name, info in sorted(found.items())
         if info["type"] != "directory"
     ]
     if not files:
-        raise SourceError(f"{url} matches no file", fix="check source.path in pack.yaml")
+        links = "; over HTTP, the folder must answer with a page that links to its files" if file.is_http else ""
+        raise SourceError(f"{shown} matches no file", fix=f"check source.path in pack.yaml{links}")
     return files
+
+
+def _require_readable(pattern: str) -> None:
+    """Raise PermissionError for a folder that a pattern of folders would leave out in silence."""
+
+    def refuse(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            raise error
+
+    parts = Path(pattern).parts
+    fixed = next((n for n, part in enumerate(parts) if set("*?[") & set(part)), len(parts))
+    deep = "**" in pattern
+    for folder, inner, _ in os.walk(Path(*parts[:fixed]), onerror=refuse):
+        if not deep and len(Path(folder).parts) == len(parts):
+            inner.clear()
+
+
+def _shown(url: str) -> str:
+    """A URL without its password, and over HTTP without its query, which may be a signature; a path as it is."""
+    if "://" not in url or "::" in url:
+        return url
+    parts = urlsplit(url)
+    shown = url.replace(f":{parts.password}@", ":***@", 1) if parts.password else url
+    return f"{shown.partition('?')[0]}?…" if parts.query and parts.scheme in HTTP else shown
+
+
+async def _client(**options: Any) -> Any:
+    """An HTTP session that waits as long as bytes come; aiohttp's own ends every download after five minutes."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S / 2, sock_read=SILENCE_S)
+    return aiohttp.ClientSession(**{"timeout": timeout, **options})
+
+
+@contextmanager
+def _seekable(file: _File) -> Iterator[Any]:
+    """The file, open, where any part of it can be read; a copy on disk where an HTTP server sends only all of it.
+
+    A file of an HTTP server that is another one at the end is refused: what was read may be of both.
+    """
+    import pyarrow as pa
+
+    if file.is_http and not _sends_parts(file):
+        with _on_disk(file) as path, pa.OSFile(str(path)) as copy:
+            yield copy
+        return
+    with _reading(file.name, NETWORK):
+        before = _edition(file)
+        # Columns are read in turns: what a cache would read ahead of one is in the way of the next.
+        opened = pa.OSFile(file.path) if file.is_local else file.system.open(file.path, "rb", cache_type="none")
+    with opened:
+        yield opened
+    with _reading(file.name, NETWORK):
+        if _edition(file) != before:
+            raise SourceError(f"{file.name} was replaced while it was read", fix="run again")
+
+
+def _sends_parts(file: _File) -> bool:
+    """Whether the server sends a part of the file when asked for one."""
+    with _reading(file.name, NETWORK), file.system.open(file.path, "rb", cache_type="none") as opened:
+        try:
+            opened.seek(1)
+            return len(opened.read(1)) == 1
+        except ValueError:  # it sends all of it, or does not say how much there is
+            return False
+
+
+def _edition(file: _File) -> list[Any]:
+    """What a server says of which file it is; of an open local file nothing is needed, since it stays what it is."""
+    info = file.system.info(file.path) if file.is_http else {}
+    return [info.get(name) for name in ("size", "ETag", "Last-Modified")]
 
 
 @contextmanager
 def _on_disk(file: _File) -> Iterator[Path]:
     """The file as plain bytes on this machine's disk: itself, or a copy that is fetched, unpacked, and removed after."""
-    if file.path.endswith(".zip"):
+    if file.ending.endswith(".zip"):
         raise SourceError(f"{file.name} is an archive", fix="unpack it, or compress each file with gzip, bzip2 or xz")
-    if file.is_local and not file.path.endswith(COMPRESSED):
+    compressed = file.ending.endswith(COMPRESSED)
+    if file.is_local and not compressed:
         yield Path(file.path)
         return
+    from fsspec.utils import infer_compression
+
+    how: dict[str, Any] = {"compression": infer_compression(file.ending) if compressed else None}
+    if file.is_http:
+        how["block_size"] = 0  # one request for all of it, so that it is one version of the file
     with tempfile.NamedTemporaryFile(suffix=".csv") as copy:
         with (
             _reading(file.name, "write the file again, or check the network; it cannot be fetched and unpacked whole"),
-            file.system.open(file.path, "rb", compression="infer") as packed,
+            file.system.open(file.path, "rb", **how) as packed,
         ):
-            shutil.copyfileobj(packed, copy)
+            shutil.copyfileobj(packed, copy, BLOCK_BYTES)
         copy.flush()
         yield Path(copy.name)
 
@@ -247,16 +353,26 @@ def _reading(name: str, fix: str) -> Iterator[None]:
         yield
     except SourceError:
         raise
-    except FileNotFoundError as error:
-        if "://" in name:  # an HTTP file system says this of a refused connection too
-            fix = "check the address, the network and the credentials"
-            raise SourceError(f"{name} does not exist or cannot be reached", fix=fix) from error
-        raise SourceError(f"{name} does not exist", fix="check source.path in pack.yaml") from error
-    except PermissionError as error:
-        raise SourceError(f"{name} may not be read by this user", fix="grant read access to it") from error
     except Exception as error:
-        what = " ".join(str(error).split())[:300] or type(error).__name__
-        raise SourceError(f"{name} cannot be read: {what}", fix=fix) from error
+        said = (getattr(each, "status", None) for each in (error, error.__cause__))
+        status = next((code for code in said if isinstance(code, int)), None)
+        if status is not None:  # an HTTP server's; its words may hold the URL
+            what = f"{name} cannot be read: the server answers {status}"
+            fix = NETWORK if status < 500 else "run again when the server is well"
+        elif isinstance(error, FileNotFoundError) and "://" in name:  # said of a refused connection too
+            what, fix = f"{name} does not exist or cannot be reached", NETWORK
+        elif isinstance(error, FileNotFoundError):
+            what, fix = f"{name} does not exist", "check source.path in pack.yaml"
+        elif isinstance(error, PermissionError):
+            what, fix = f"{error.filename or name} may not be read by this user", "grant read access to it"
+        elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            what = f"{name} cannot be fetched: the disk of {tempfile.gettempdir()} is full"
+            fix = "make room there, or point TMPDIR at a larger disk"
+        else:
+            if type(error).__module__.partition(".")[0] in ("aiohttp", "fsspec"):
+                fix = NETWORK  # the file need not be to blame
+            what = f"{name} cannot be read: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        raise SourceError(what, fix=fix) from error
 
 
 # Rows.
