@@ -32,6 +32,12 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 	@$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -r requirements-dev.txt
 	@touch $@
 
+$(VENV)-peers/.ready: $(VENV)/.ready requirements-peers.txt
+	@echo "set-up: peers of the benchmarks"
+	@$(BIN)/uv venv -q --clear --python $(BIN)/python $(VENV)-peers
+	@$(BIN)/uv pip install -q --python $(VENV)-peers/bin/python -r requirements-peers.txt
+	@touch $@
+
 run: $(VENV)/.ready  ## train the pack end to end: make run [PACK=flight_delay] [AS_OF=2013-04-01]
 	@$(BIN)/evergreen run $(PACK) --as-of $(AS_OF)
 
@@ -49,7 +55,7 @@ check: $(VENV)/.ready  ## hold a pack to the laws: make check PACK=digits
 	@$(BIN)/evergreen check $(PACK)
 
 test: lint  ## lint, then every test but the large trial counts
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not prove and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not prove and not gpu" $(ARGS)
 
 lint: $(VENV)/.ready-dev  ## ruff, mypy --strict, and who may import whom
 	@$(BIN)/ruff check .
@@ -60,13 +66,14 @@ lint: $(VENV)/.ready-dev  ## ruff, mypy --strict, and who may import whom
 prove: $(VENV)/.ready-dev  ## large trial counts; figures go to docs/LOG.md by hand
 	@$(BIN)/python -m pytest -m "prove" -p no:randomly --timeout 3600 $(ARGS)
 
-bench: $(VENV)/.ready-dev  ## every claim of speed and quality, beside its peer
+bench: $(VENV)/.ready-dev $(VENV)-peers/.ready  ## every claim of speed and quality, beside its peer
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 lock: $(VENV)/.ready  ## requirements.txt from requirements.in, requirements-dev.txt from requirements-dev.in
 	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" requirements.in -o requirements.txt
 	@printf 'torch==2.13.0\n    # no hash: see requirements.in\n' >> requirements.txt
 	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" requirements-dev.in -o requirements-dev.txt
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" requirements-peers.in -o requirements-peers.txt
 
 clean: down  ## remove the embedded home: data, models and runs
 	@rm -rf var
