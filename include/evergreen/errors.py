@@ -84,6 +84,14 @@ class StageError(EvergreenError):
     """A stage was asked for out of order, or its record cannot be read."""
 
 
+class SendersError(EvergreenError):
+    """The senders file cannot be used; its secrets are in no message."""
+
+
+class AlertError(EvergreenError):
+    """An alert was not taken: nobody answered, or the answer was no."""
+
+
 def nearest(value: str, known: Iterable[str]) -> str:
     """`did you mean …?` for the known name closest to `value`, or the known names when none is close."""
     names = sorted(known)

@@ -14,9 +14,9 @@ from evergreen.run import STAGE_VALUES
 
 
 def runs_of(database: Database, pack: str, limit: int = 20) -> list[dict[str, Any]]:
-    """The newest runs of a pack, newest first: run_id, pack, at, as_of, reason, outcome, version, champion."""
+    """The newest runs of a pack, newest first: run_id, pack, at, as_of, reason, alerts, outcome, version, champion."""
     began = database.events(pack, kind="run", newest_first=True, limit=limit)
-    keep = ("run_id", "pack", "at", "as_of", "reason", "outcome", "version", "champion")
+    keep = ("run_id", "pack", "at", "as_of", "reason", "alerts", "outcome", "version", "champion")
     runs = [history_of(database, str(event.run_id), pack) for event in began]
     return [{key: run[key] for key in keep} for run in runs]
 
@@ -24,7 +24,8 @@ def runs_of(database: Database, pack: str, limit: int = 20) -> list[dict[str, An
 def history_of(database: Database, run_id: str, pack: str | None = None) -> dict[str, Any]:
     """One run: its stages with state, summary and seconds; its failure, verdict, version, metrics and snapshot.
 
-    `outcome` is running, failed, promoted, rejected, review or unchanged (nothing new was learned).
+    `alerts` are those that it answers, the one that started it first. `outcome` is running, failed, promoted, rejected,
+    review or unchanged (nothing new was learned).
     """
     events = _events_of(database, run_id, pack)
     begin = next(event for event in events if event.kind == "run")
@@ -39,6 +40,7 @@ def history_of(database: Database, run_id: str, pack: str | None = None) -> dict
         "at": begin.at.isoformat(),
         "as_of": begin.body["as_of"],
         "reason": begin.body["reason"],
+        "alerts": list(dict.fromkeys(event.key for event in events if event.kind in ("intent", "decision"))),
         "outcome": _outcome(promoted, failure),
         "stages": stages,
         "failure": failure,

@@ -34,6 +34,9 @@ log = logging.getLogger("evergreen")
 V = TypeVar("V", bound=Value)
 P = ParamSpec("P")
 
+WATCH = "watch__"
+"""The id of a run of the monitor begins with this."""
+
 State = Literal["running", "progress", "done", "skipped", "failed"]
 
 
@@ -85,19 +88,24 @@ def begin(
     scheduled: datetime,
     reason: str,
     force: bool = False,
+    kind: Literal["run", "watch"] = "run",
 ) -> Run:
     """The run `run_id` of `pack`. Its as-of is fixed by the first call and kept by every later one.
+
+    A `watch` trains nothing, so that nobody counts it as a run; its id is its own, `watch__<run_id>`, as Airflow's are
+    unique within one DAG only.
 
     `as_of` is what was asked for; `scheduled` stands in for it: the logical date, or the instant after which the run
     may start. Instants since the home was made go through the pack's clock; the end of the last complete partition
     before the result is the run's as-of.
     """
     database = db.connect(settings.database_url)
-    if not (found := database.events(pack.name, kind="run", run_id=run_id, limit=1)):
+    run_id = f"{WATCH}{run_id}" if kind == "watch" else run_id
+    if not (found := database.events(pack.name, kind=kind, run_id=run_id, limit=1)):
         instant = on_the_clock(pack, as_of or scheduled, database.made_at())
         body = {"as_of": floor(instant, pack.data.partition).isoformat(), "reason": reason, "force": force}
-        database.append(pack.name, "run", body, run_id=run_id)
-        found = database.events(pack.name, kind="run", run_id=run_id, limit=1)  # another process may have been first
+        database.append(pack.name, kind, body, run_id=run_id)
+        found = database.events(pack.name, kind=kind, run_id=run_id, limit=1)  # another process may have been first
     event = found[0]
     return Run(
         pack=pack,
@@ -111,9 +119,7 @@ def begin(
 
 def on_the_clock(pack: Pack, instant: datetime, made_at: datetime) -> datetime:
     """`instant` on the pack's clock: `start + (instant - made_at) × speed`; instants before `made_at` as they are."""
-    if pack.clock is None or instant < made_at:
-        return instant
-    return pack.clock.start + (instant - made_at) * pack.clock.speed
+    return pack.clock.at(instant, made_at) if pack.clock else instant
 
 
 def perform(
@@ -127,10 +133,11 @@ def perform(
     outputs: Callable[[V], Iterable[Ref]],
     intact: Callable[[Ref], bool],
     parameters: Mapping[str, Any] | None = None,
+    kind: Literal["stage", "drift"] = "stage",
 ) -> V:
     """The value of `stage` for `run`: looked up by its key when it was performed before, else made by `act()`.
 
-    `outputs` names the objects that the value refers to; `intact` verifies one. One stage of a pack acts at a time,
+    `outputs` names the objects that the value refers to; `intact` verifies one; `kind` is the event's. One stage of a pack acts at a time,
     by a lease that the retry of a killed attempt takes over.
     """
     database = db.connect(run.settings.database_url)
@@ -146,7 +153,7 @@ def perform(
     wait_s = run.pack.training.timeout.total_seconds()
     note(run, stage, "running")
     with _alone_here(run, wait_s), database.lease(f"stage:{run.pack.name}", run.id, wait_s=wait_s):
-        before = database.latest(run.pack.name, kind="stage", key=key)
+        before = database.latest(run.pack.name, kind=kind, key=key)
         if before is not None and (before.run_id == run.id or not run.force):
             known = _value(result, before)
             if known is not None and all(intact(ref) for ref in outputs(known)):
@@ -162,7 +169,7 @@ def perform(
             "summary": summary(value),
             "seconds": round(seconds, 3),
         }
-        database.append(run.pack.name, "stage", body, run_id=run.id, key=key)
+        database.append(run.pack.name, kind, body, run_id=run.id, key=key)
     note(run, stage, "done", summary(value), seconds=seconds)
     return value
 

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from evergreen import keys, stages
 from evergreen.data.store import Store
-from evergreen.errors import EvaluationError, EvergreenError, PackError, TrainingError
+from evergreen.errors import EvaluationError, EvergreenError, PackError, TrainingError, nearest
 from evergreen.evaluation import significance
-from evergreen.pack import NAME, Pack
+from evergreen.looks import predictions_in
+from evergreen.pack import NAME, NAMING, Pack
 from evergreen.run import Ingested, Ref, Run, count
 from evergreen.settings import Settings
-from evergreen.stages.scoring import predictions_in
-from evergreen.stages.work import copy_python, job_spec, manifest_of
 from evergreen.training import jobs
+from evergreen.work import copy_python, job_spec, manifest_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -48,10 +48,7 @@ def scaffold(packs: Path, name: str) -> Path:
     """A working pack called `name`; → its folder. Raises PackError for a name that is taken or cannot be one."""
     folder = packs / name
     if not NAME.fullmatch(name):
-        raise PackError(
-            f"{name!r} cannot name a pack",
-            fix="use lower-case letters, digits and _, a letter first, at most 48 characters",
-        )
+        raise PackError(f"{name!r} cannot name a pack", fix=NAMING)
     if folder.exists():
         raise PackError(f"{folder} is there already", fix="choose another name, or remove the folder")
     folder.mkdir(parents=True)
@@ -130,7 +127,14 @@ def _is_judged(run: Run, found: dict[str, Any]) -> str:
     import numpy as np
 
     data, rules = run.pack.data, run.pack.gate
-    truth = found["rows"]["holdout"][data.target].to_numpy()
+    holdout = found["rows"]["holdout"]
+    for rule in rules.slices:
+        if rule.by not in holdout.columns:
+            raise EvaluationError(
+                f"pack {run.pack.name}: the evaluation does not produce {rule.metric} by {rule.by!r}: no such column",
+                fix=nearest(rule.by, holdout.columns),
+            )
+    truth = holdout[data.target].to_numpy()
     classes = sorted(found["rows"]["train"][data.target].unique().to_list()) if data.task == "multiclass" else None
     produced = significance.intervals(
         data.task,
@@ -141,12 +145,6 @@ def _is_judged(run: Run, found: dict[str, Any]) -> str:
         classes=classes,
     )
     wanted = {rules.primary.metric, *(rule.metric for rule in rules.slices)}
-    missing = sorted(wanted - produced.keys())
-    if missing:
-        raise EvaluationError(
-            f"pack {run.pack.name}: the evaluation does not produce {', '.join(missing)}",
-            fix=f"name one of: {', '.join(sorted(produced))}",
-        )
     return ", ".join(f"{name} {produced[name].value:.3f}" for name in sorted(wanted))
 
 

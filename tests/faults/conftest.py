@@ -143,7 +143,7 @@ class Home:
         """`pack.yaml`, with the given keys changed; those of a mapping one by one."""
         content = {**PACK}
         for key, value in changes.items():
-            content[key] = {**PACK[key], **value} if isinstance(value, dict) and key != "source" else value
+            content[key] = {**PACK.get(key, {}), **value} if isinstance(value, dict) and key != "source" else value
         (self.folder / "pack.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
     def write_model(self, old: str = "", new: str = "") -> None:

@@ -131,6 +131,19 @@ def test_data_older_than_max_staleness(home):
     assert home.perform("stale, mended", as_of=late, until="ingest")["ingest"].data_until == late - timedelta(days=1)
 
 
+def test_an_as_of_far_beyond_the_data(home):
+    """Although the source has nothing at all in the window, where the data ended when a run last looked is said."""
+    far = NEXT + timedelta(days=120)
+    home.perform("near", until="ingest")
+    says = [
+        "no rows in 2024-05-02 00:00 … 2024-05-13 00:00",
+        "ends at 2024-01-13",
+        "121 days",
+        "data.max_staleness is 5",
+    ]
+    home.refuses(StaleDataError, "far", as_of=far, says=says)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "text"])
 def test_a_parquet_file_that_is_none(home, damage):
     """The file is named, and that it must be written again."""

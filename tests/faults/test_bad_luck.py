@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from tests.web import serving
 
 from evergreen.errors import RegistryError, SourceError, StoreError
 from evergreen.history import history_of
@@ -74,6 +75,17 @@ def test_an_unreachable_source(home):
     home.refuses(SourceError, "unreachable", says=["http://127.0.0.1:9/rows.parquet", "network", "credentials"])
     home.write()
     assert home.perform("reachable", until="ingest")["ingest"].rows == 1100
+
+
+def test_a_source_whose_server_fails_halfway(home):
+    """Half of the newest file came: nothing is made of it, and the same run reads all of it when the server is well."""
+    home.write_day(12)
+    with serving(home.rows) as web:
+        home.write(source={"kind": "parquet", "path": f"{web.url}/*.parquet"})
+        web.ills["/012.parquet"] = "cut"
+        home.refuses(SourceError, "halfway", as_of=NEXT, says=[f"{web.url}/012.parquet", "network", "run again"])
+        web.ills.clear()
+        assert home.perform("halfway", as_of=NEXT, until="ingest")["ingest"].rows == 1100
 
 
 def test_an_unreachable_remote(home):

@@ -205,3 +205,26 @@ def test_why_compares_with_the_newest_run_before(database):
         perform(database, run_id, "evaluate", **changed_by(inputs={"data": "a"}))
     because = {answer["stage"]: answer["because"] for answer in why_run(database, "third")}
     assert because["train"] == "changed since second: inputs.data"
+
+
+def test_a_run_names_the_alerts_that_it_answers(database):
+    """The alert that started it, then those that were merged into it, each once; whatever of them is final by now."""
+    asked = {"outcome": "retrain", "rule": "retrain", "reason": "nothing held it back"}
+    database.append("more", "intent", asked, run_id="alert__1", key="alert-1")
+    begin(database, "alert__1")
+    database.append("more", "decision", asked, run_id="alert__1", key="alert-1")
+    database.append("more", "decision", {**asked, "outcome": "merge"}, run_id="alert__1", key="alert-2")
+    begin(database, "by hand")
+    assert history_of(database, "alert__1")["alerts"] == ["alert-1", "alert-2"]
+    assert [(run["run_id"], run["alerts"]) for run in runs_of(database, "more")] == [
+        ("by hand", []),
+        ("alert__1", ["alert-1", "alert-2"]),
+    ]
+
+
+def test_a_run_that_was_only_asked_for_is_none(database):
+    """An intent carries the id of a run that may never begin: there is no such run until it has."""
+    database.append("more", "intent", {"outcome": "retrain"}, run_id="alert__1", key="alert-1")
+    with pytest.raises(StageError, match="there is no run 'alert__1'"):
+        history_of(database, "alert__1")
+    assert runs_of(database, "more") == []

@@ -31,6 +31,7 @@ from evergreen.settings import Settings
 
 if TYPE_CHECKING:
     import pandas as pd
+    from mlflow.entities import LoggedModel
     from mlflow.entities import Run as MlflowRun
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
     from mlflow.models import ModelSignature
@@ -125,18 +126,10 @@ class Registry:
                     run = self._client.create_run(
                         experiment, run_name=run_name, tags=_fitting(_run_tags(lineage, description) | whole, "tag")
                     )
-                    version = self._make(
-                        name,
-                        folder,
-                        run,
-                        lineage=lineage,
-                        metrics=metrics,
-                        curve=curve,
-                        artifacts=artifacts,
-                        input_example=input_example,
-                        tags=wanted,
-                        description=description,
-                    )
+                    self._log_files(run, artifacts)
+                    model = self._log_model(name, folder, run, lineage, input_example)
+                    self._log_numbers(model, _params(lineage), metrics, curve)
+                    version = self._show(name, model, wanted, description)
                 except Exception:
                     # Leave nothing half-visible, unless the version was made after all and only the answer was lost.
                     with contextlib.suppress(Exception):
@@ -244,6 +237,25 @@ class Registry:
             self._download(f"{source}/artifacts/model", room).rename(destination)
         return destination
 
+    def artifact(self, name: str, version: int, path: str) -> bytes | None:
+        """A file that was registered with a version, or attached to it; None where it has none of that name."""
+        found = self.version(name, version)
+        if found.run_id is None:
+            return None
+        with self._explained(f"cannot read {path} of {name} version {version}"), _workroom() as room:
+            parent = path.rpartition("/")[0] or None
+            if path not in {file.path for file in self._client.list_artifacts(found.run_id, parent)}:
+                return None
+            artifacts = self._client.get_run(found.run_id).info.artifact_uri
+            return self._download(f"{artifacts}/{path}", room).read_bytes()
+
+    def attach(self, name: str, version: int, path: str, content: str) -> None:
+        """Put a text beside the artifacts of a version's MLflow run, in place of one that is there."""
+        found = self.version(name, version)
+        if found.run_id is not None:
+            with self._explained(f"cannot attach {path} to {name} version {version}"):
+                self._client.log_text(found.run_id, content, path)
+
     def lineage(self, name: str, version: int) -> dict[str, Any]:
         """What made a version, by the keys of `Lineage`, the gate's verdict where it has spoken."""
         found = self.version(name, version)
@@ -259,48 +271,68 @@ class Registry:
 
     # -- one registration, step by step --------------------------------------------------------------------------
 
-    def _make(
-        self,
-        name: str,
-        folder: Path,
-        run: MlflowRun,
-        *,
-        lineage: Lineage,
-        metrics: Mapping[str, float],
-        curve: Sequence[Mapping[str, Any]],
-        artifacts: Mapping[str, Path],
-        input_example: pd.DataFrame,
-        tags: Mapping[str, str],
-        description: str,
-    ) -> MlflowVersion:
-        """Fill the MLflow run, log the model, and make the version that shows them."""
+    def _log_files(self, run: MlflowRun, files: Mapping[str, Path]) -> None:
+        """Files and folders under the paths within the run that they are to have."""
+        if not files:
+            return
+        with _workroom() as room:
+            for path, source in files.items():
+                copy = room / path
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(source, copy) if source.is_dir() else shutil.copyfile(source, copy)
+            self._client.log_artifacts(run.info.run_id, str(room))
+
+    def _log_model(
+        self, name: str, folder: Path, run: MlflowRun, lineage: Lineage, input_example: pd.DataFrame
+    ) -> LoggedModel:
+        """The model folder as the run's model, and the snapshot as what it was made from."""
         from mlflow.entities import LoggedModelOutput
 
         client, run_id = self._client, run.info.run_id
-        params = _params(lineage)
+        model: LoggedModel = client.create_logged_model(
+            run.info.experiment_id, name, run_id, params=_params(lineage), model_type="evergreen"
+        )
         with _workroom() as room:
-            for path, source in artifacts.items():
-                copy = room / "artifacts" / path
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copytree(source, copy) if source.is_dir() else shutil.copyfile(source, copy)
-            if artifacts:
-                client.log_artifacts(run_id, str(room / "artifacts"))
-            model = client.create_logged_model(
-                run.info.experiment_id, name, run_id, params=params, model_type="evergreen"
-            )
             _save(room / "model", folder, input_example, model_id=model.model_id, run_id=run_id)
             client.log_model_artifacts(model.model_id, str(room / "model"))
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         client.log_inputs(run_id, [_dataset(lineage)])
-        _log_numbers(client, run_id, model.model_id, params=params, metrics=metrics, curve=curve)
+        return model
+
+    def _log_numbers(
+        self,
+        model: LoggedModel,
+        params: Mapping[str, str],
+        metrics: Mapping[str, float],
+        curve: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Parameters, metrics, and the training curve as the history of `training/<name>`, in as few requests as can be."""
+        from mlflow.entities import Metric, Param
+
+        run_id, now = model.source_run_id, int(time.time() * 1000)
+        final = [Metric(name, value, now, 0, model_id=model.model_id, run_id=run_id) for name, value in metrics.items()]
+        history = [
+            Metric(f"training/{name}", value, now, int(line["step"]))
+            for line in curve
+            for name, value in line.items()
+            if name not in ("step", "of") and isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        entities = [Param(name, value) for name, value in params.items()]
+        for start in range(0, len(entities), 100):  # MLflow's limits of one request: 100 parameters, 1000 metrics
+            self._client.log_batch(run_id, params=entities[start : start + 100])
+        for start in range(0, len(final + history), 1000):
+            self._client.log_batch(run_id, metrics=(final + history)[start : start + 1000])
+
+    def _show(self, name: str, model: LoggedModel, tags: Mapping[str, str], description: str) -> MlflowVersion:
+        """The version that shows the model and its run, under a registered model that is made where there is none."""
         if self._aliases(name) is None:
-            client.create_registered_model(name)
-        return client.create_model_version(
+            self._client.create_registered_model(name)
+        return self._client.create_model_version(
             name,
             # The place itself: `models:/<id>` would be looked up through MLflow's process-wide tracking URI.
             source=model.artifact_location,
-            run_id=run_id,
+            run_id=model.source_run_id,
             model_id=model.model_id,
             tags=_fitting(tags, "tag"),
             description=description,
@@ -400,7 +432,8 @@ class Registry:
         try:
             yield
         except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ValueError, ImportError) as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            lines = [line for line in str(error).splitlines() if line and not line.startswith("(raised as a result of")]
+            said = (lines or [type(error).__name__])[0].strip()[:300]
             if password := urlsplit(self.uri).password:
                 said = said.replace(password, "***")
             if "out-of-date database schema" in said:
@@ -560,33 +593,6 @@ def _fitting(values: Mapping[str, str], kind: str) -> dict[str, str]:
     return {
         name: value if len(value) <= LONGEST[kind] else f"in the artifact {LINEAGE}" for name, value in values.items()
     }
-
-
-def _log_numbers(
-    client: Any,
-    run_id: str,
-    model_id: str,
-    *,
-    params: Mapping[str, str],
-    metrics: Mapping[str, float],
-    curve: Sequence[Mapping[str, Any]],
-) -> None:
-    """Parameters, metrics, and the training curve as the history of `training/<name>`, in as few requests as can be."""
-    from mlflow.entities import Metric, Param
-
-    now = int(time.time() * 1000)
-    final = [Metric(name, value, now, 0, model_id=model_id, run_id=run_id) for name, value in metrics.items()]
-    history = [
-        Metric(f"training/{name}", value, now, int(line["step"]))
-        for line in curve
-        for name, value in line.items()
-        if name not in ("step", "of") and isinstance(value, int | float) and not isinstance(value, bool)
-    ]
-    entities = [Param(name, value) for name, value in params.items()]
-    for start in range(0, len(entities), 100):  # MLflow's limits of one request: 100 parameters, 1000 metrics
-        client.log_batch(run_id, params=entities[start : start + 100])
-    for start in range(0, len(final + history), 1000):
-        client.log_batch(run_id, metrics=(final + history)[start : start + 1000])
 
 
 def _value(version: MlflowVersion, aliases: Mapping[str, str]) -> ModelVersion:

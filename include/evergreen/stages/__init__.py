@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evergreen import database as db
+from evergreen import looks
 from evergreen.data import validation
 from evergreen.data.store import Store
 from evergreen.errors import StageError
@@ -41,8 +42,8 @@ from evergreen.run import (
 )
 from evergreen.settings import Settings
 from evergreen.stages import reading, scoring
-from evergreen.stages.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
 from evergreen.training import jobs
+from evergreen.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -250,9 +251,9 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
         rows = scoring.holdout_rows(store, manifest_of(store, snapshot.manifest), holdout)
         models = {"challenger": trained.model}
         if champion is not None and withheld is None:
-            models["champion"] = scoring.model_of(champion)
+            models["champion"] = looks.model_of(champion)
         with work_folder(run) as folder:
-            scored = scoring.score(run, store, rows, models)
+            scored = looks.score(run, store, rows, models)
             classes = scoring.classes_of(run, store, snapshot)
             return scoring.compare(run, store, rows, scored, champion, trained, withheld, classes, folder)
 
@@ -332,7 +333,10 @@ def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Traine
                 model_hash=trained.model.hash,
                 metrics={name: estimate.value for name, estimate in evaluated.challenger.metrics.items()},
                 curve=_curve(store, trained.curve),
-                artifacts=_artifacts(store, pack, validated, evaluated, trained, folder / "artifacts"),
+                artifacts={
+                    **_artifacts(store, pack, validated, evaluated, trained, folder / "artifacts"),
+                    **_reference(run, store, snapshot, evaluated, folder),
+                },
                 input_example=_example(store, snapshot, trained),
                 tags={"evergreen.owner": pack.owner},
                 description=pack.description,
@@ -345,7 +349,7 @@ def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Traine
         "register",
         result=Registered,
         inputs={"model": trained.model.hash, "data": snapshot.hash, "registry": run.settings.mlflow_tracking_uri},
-        code=_code("registry/models.py", "registry/entry.py", "registry/lineage.py"),
+        code=_code("registry/models.py", "registry/entry.py", "registry/lineage.py", "monitoring/*.py"),
         act=act,
         outputs=lambda _value: [trained.model],
         intact=lambda _ref: known() is not None,
@@ -455,7 +459,7 @@ CHAIN: dict[str, Callable[..., Value]] = {
 
 def _code(*patterns: str, pack: Pack | None = None) -> tuple[Path, ...]:
     """The package's source files that a stage runs, the stages themselves among them; the pack's when it runs those."""
-    files = [file for pattern in ("stages/*.py", *patterns) for file in PACKAGE.glob(pattern)]
+    files = [file for pattern in ("stages/*.py", "work.py", "looks.py", *patterns) for file in PACKAGE.glob(pattern)]
     return tuple(sorted(files)) + (pack.python_files if pack else ())
 
 
@@ -502,6 +506,26 @@ def _artifacts(
         store.checkout(evaluated.plots, folder / "plots")
         found["plots"] = folder / "plots"
     return found
+
+
+def _reference(run: Run, store: Store, snapshot: Snapshot, evaluated: Evaluated, folder: Path) -> dict[str, Path]:
+    """What the monitor will compare with: the profile of the rows, and of the predictions for the hold-out's."""
+    scored = evaluated.challenger
+    assert scored.predictions is not None, "a challenger is never withheld"
+    profile, about = looks.reference_of(
+        run,
+        store,
+        manifest_of(store, snapshot.manifest),
+        snapshot.windows.whole,
+        evaluated.holdout,
+        looks.predictions_in(store.path(scored.predictions)),
+        metric=evaluated.primary,
+        figure=scored.metrics[evaluated.primary],
+        classes=scoring.classes_of(run, store, snapshot),
+    )
+    (folder / looks.PROFILE).write_bytes(profile.to_bytes())
+    (folder / looks.REFERENCE).write_text(about.model_dump_json(), encoding="utf-8")
+    return {name: folder / name for name in (looks.PROFILE, looks.REFERENCE)}
 
 
 def _curve(store: Store, ref: Ref | None) -> list[dict[str, Any]]:

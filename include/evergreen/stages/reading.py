@@ -10,11 +10,11 @@ from evergreen import database as db
 from evergreen.data import partitions, sources
 from evergreen.data.store import Store
 from evergreen.errors import SourceError, StaleDataError
-from evergreen.keys import note
+from evergreen.keys import WATCH, note
 from evergreen.pack import Pack, PythonSource
 from evergreen.run import Manifest, PartitionFile, Ref, Run, Window, Windows, count, period_name, step
-from evergreen.stages.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
 from evergreen.training import jobs
+from evergreen.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,19 +28,32 @@ def how(pack: Pack) -> dict[str, Any]:
 def known_manifest(run: Run, source: str, store: Store) -> Manifest | None:
     """What the newest earlier look at the same source saw, if that look's as-of was not after this one's.
 
-    Looks of runs that came to no snapshot do not count: what was refused may have been mended since.
+    Looks of runs that came to no snapshot do not count: what was refused may have been mended since. The monitor makes
+    no snapshots; its looks count where its rows were found sound, and no label was missing that may come late.
     """
     database = db.connect(run.settings.database_url)
     for event in database.events(run.pack.name, kind="stage", newest_first=True):
         parts = event.body["parts"]
         if event.body["stage"] != "ingest" or parts["inputs"]["source"] != source:
             continue
-        accepted = any(result.body["stage"] == "snapshot" for result in _results(database, event))
-        if accepted and datetime.fromisoformat(parts["inputs"]["as_of"]) <= run.as_of and not run.force:
+        before = datetime.fromisoformat(parts["inputs"]["as_of"]) <= run.as_of and not run.force
+        if before and _accepted(run, store, _results(database, event)):
             ref = Ref.model_validate(event.body["value"]["manifest"])
             if store.verify(ref):
                 return manifest_of(store, ref)
     return None
+
+
+def _accepted(run: Run, store: Store, results: list[db.Event]) -> bool:
+    """Whether a look's run came to a snapshot, or was the monitor's and could have."""
+    by_stage = {event.body["stage"]: event for event in results}
+    if "snapshot" in by_stage or "validate" not in by_stage or not str(results[0].run_id).startswith(WATCH):
+        return "snapshot" in by_stage
+    database = db.connect(run.settings.database_url)
+    validated = database.latest(run.pack.name, kind="stage", key=by_stage["validate"].key)  # a receipt has its key
+    assert validated is not None, "a receipt names a stage event"
+    ref = Ref.model_validate(validated.body["value"]["manifest"])
+    return store.verify(ref) and not any(map(_empty, _targets(run, store, manifest_of(store, ref)).values()))
 
 
 def _results(database: db.Database, of: db.Event) -> list[db.Event]:
@@ -101,19 +114,32 @@ def data_until(run: Run, manifest: Manifest) -> datetime:
     pack = run.pack
     if not manifest.partitions:
         window = Windows.ending(run.as_of, pack.data).whole
-        raise SourceError(
-            f"pack {pack.name}: the source has no rows in {window}, the window before as-of",
-            fix="check source and event_time in pack.yaml, or give another --as-of",
-        )
+        what = f"pack {pack.name}: the source has no rows in {window}, the window before as-of"
+        seen = _seen_until(run)
+        if seen is not None and seen <= window.start:
+            raise StaleDataError(f"{what}; the newest that a run saw {_age(run, seen)}", fix=NEWER)
+        raise SourceError(what, fix="check source and event_time in pack.yaml, or give another --as-of")
     until = step(manifest.partitions[-1].period, pack.data.partition)
     if run.as_of - until > pack.data.max_staleness:
-        age = run.as_of - until
-        raise StaleDataError(
-            f"pack {pack.name}: the newest data ends at {until:%Y-%m-%d %H:%M}, {age.days} days before as-of "
-            f"{run.as_of:%Y-%m-%d %H:%M}; data.max_staleness is {pack.data.max_staleness.days} days",
-            fix="bring newer data, give an earlier --as-of, or raise data.max_staleness in pack.yaml",
-        )
+        raise StaleDataError(f"pack {pack.name}: the newest data {_age(run, until)}", fix=NEWER)
     return min(until, run.as_of)
+
+
+NEWER = "bring newer data, give an earlier --as-of, or raise data.max_staleness in pack.yaml"
+
+
+def _age(run: Run, until: datetime) -> str:
+    return (
+        f"ends at {until:%Y-%m-%d %H:%M}, {(run.as_of - until).days} days before as-of {run.as_of:%Y-%m-%d %H:%M}; "
+        f"data.max_staleness is {run.pack.data.max_staleness.days} days"
+    )
+
+
+def _seen_until(run: Run) -> datetime | None:
+    """Where the data ended when a run last looked; None when none has."""
+    looks = db.connect(run.settings.database_url).events(run.pack.name, kind="stage", newest_first=True)
+    ends = (event.body["value"]["data_until"] for event in looks if event.body["stage"] == "ingest")
+    return next(map(datetime.fromisoformat, ends), None)
 
 
 def require_rows(run: Run, manifest: Manifest, windows: Windows) -> None:
@@ -129,17 +155,9 @@ def require_rows(run: Run, manifest: Manifest, windows: Windows) -> None:
 
 def require_target(run: Run, store: Store, manifest: Manifest, windows: Windows) -> None:
     """Raise SourceError for rows without a target, and for a window to learn from or judge on that has one class."""
-    import polars as pl
-
     pack, target = run.pack, run.pack.data.target
-    values = {
-        part.period: pl.read_parquet(store.path(part.object), columns=[target])[target] for part in manifest.partitions
-    }
-    empty = {
-        period: int((column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()).sum())
-        for period, column in values.items()
-    }
-    if missing := {period: rows for period, rows in empty.items() if rows}:
+    values = _targets(run, store, manifest)
+    if missing := {period: rows for period, column in values.items() if (rows := _empty(column))}:
         raise SourceError(
             f"pack {pack.name}: the target {target!r} is empty in {count(sum(missing.values()), 'row')} of {manifest.rows}, "
             f"the first in {period_name(min(missing), manifest.partition)}",
@@ -156,3 +174,18 @@ def require_target(run: Run, store: Store, manifest: Manifest, windows: Windows)
                 f"pack {pack.name}: the target {target!r} is {classes.pop()!r} in every row of the {name} window {window}",
                 fix=f"see what the source holds for these days, or make data.{name} longer in pack.yaml",
             )
+
+
+def _targets(run: Run, store: Store, manifest: Manifest) -> dict[datetime, pl.Series]:
+    """The target's values, by period."""
+    import polars as pl
+
+    target = run.pack.data.target
+    return {
+        part.period: pl.read_parquet(store.path(part.object), columns=[target])[target] for part in manifest.partitions
+    }
+
+
+def _empty(column: pl.Series) -> int:
+    """In how many rows there is no value."""
+    return int((column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()).sum())

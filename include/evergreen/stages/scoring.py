@@ -7,13 +7,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evergreen import database as db
 from evergreen.data.store import Store
-from evergreen.errors import EvaluationError, RegistryError
+from evergreen.errors import EvaluationError
+from evergreen.looks import model_of
 from evergreen.pack import TASK_METRICS
 from evergreen.registry import promotion
 from evergreen.registry.models import ModelVersion, Registry
@@ -34,8 +34,8 @@ from evergreen.run import (
     step,
 )
 from evergreen.settings import Settings
-from evergreen.stages.work import job_id_of, job_spec, manifest_of
 from evergreen.training import jobs
+from evergreen.work import manifest_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,52 +69,10 @@ def withheld_because(registry: Registry, champion: ModelVersion | None, holdout:
     return f"version {champion.version} was made with rows of {seen}, which overlaps the hold-out {holdout}"
 
 
-def model_of(champion: ModelVersion) -> Ref:
-    """The champion's model folder in the store."""
-    if champion.model_hash is None:
-        raise RegistryError(
-            f"{champion.name} version {champion.version} is champion, and Evergreen did not make it",
-            fix="put the alias champion back on a version that `evergreen runs` lists",
-        )
-    return Ref(hash=champion.model_hash, size=0)
-
-
 def holdout_rows(store: Store, manifest: Manifest, holdout: Window) -> list[tuple[PartitionFile, pl.DataFrame]]:
     import polars as pl
 
     return [(part, pl.read_parquet(store.path(part.object))) for part in manifest.within(holdout)]
-
-
-def score(
-    run: Run, store: Store, rows: list[tuple[PartitionFile, pl.DataFrame]], models: dict[str, Ref]
-) -> dict[str, tuple[Ref, np.ndarray, jobs.JobResult]]:
-    """Predictions of each model on the same rows without the target: one job each, side by side."""
-    pack = run.pack
-    handles = {}
-
-    def fill_with(model: Ref) -> Callable[[Path], None]:
-        def fill(folder: Path) -> None:
-            store.checkout(model, folder / "model")
-            (folder / "rows").mkdir(parents=True)
-            for part, frame in rows:
-                frame.drop(pack.data.target).write_parquet(folder / "rows" / f"{part.period:%Y%m%dT%H}.parquet")
-
-        return fill
-
-    for name, model in models.items():
-        parts = {"model": model.hash, "rows": [part.object.hash for part, _ in rows], "run": run.id}
-        spec = job_spec(run, "score", job_id_of(run, "score", parts))
-        handles[name] = jobs.start(run.settings, spec, fill_with(model))
-    scored = {}
-    for name, handle in handles.items():
-        result = jobs.wait(handle)
-        file = handle.output / "predictions.parquet"
-        ref = store.put(file)
-        scored[name] = (ref, predictions_in(file), result)
-    store.push([ref for ref, _, _ in scored.values()])
-    for handle in handles.values():
-        jobs.discard(run.settings, handle.spec.id)
-    return scored
 
 
 def classes_of(run: Run, store: Store, snapshot: Snapshot) -> list[Any] | None:
@@ -127,14 +85,6 @@ def classes_of(run: Run, store: Store, snapshot: Snapshot) -> list[Any] | None:
     parts = manifest_of(store, snapshot.manifest).within(snapshot.windows.train)
     seen = pl.concat([pl.read_parquet(store.path(part.object), columns=[data.target]) for part in parts])
     return sorted(seen[data.target].unique().to_list())
-
-
-def predictions_in(file: Path) -> np.ndarray:
-    """(n,) of one `prediction` column, or (n, k) of `prediction_0` … `prediction_k-1`."""
-    import polars as pl
-
-    frame = pl.read_parquet(file)
-    return frame.to_numpy()[:, 0] if frame.width == 1 else frame.to_numpy()
 
 
 def compare(

@@ -29,7 +29,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -136,12 +136,15 @@ def start(settings: Settings, spec: JobSpec, fill: Callable[[Path], None]) -> Ha
     folder = settings.jobs / spec.id
     with _claimed(folder):
         found = _state(folder, spec)
+        if found == "finished":
+            (folder / "job.json").touch()  # of use again, so not to be swept away now
         if found in ("absent", "dead"):
             runtime.stop(folder)  # what a killed job has left running
             if found == "absent":
                 _fill(folder, spec, fill)
             shutil.rmtree(folder / "output", ignore_errors=True)
             runtime.launch(folder)
+    sweep(settings, spec.pack)
     return Handle(folder=folder, spec=spec, found=found)
 
 
@@ -172,6 +175,11 @@ def wait(handle: Handle, on_progress: Callable[[Progress], None] | None = None) 
             runtime.stop(folder)  # what its function may have left running
     result = read_result(folder)
     if result is None:
+        if folder.exists() and shutil.disk_usage(folder).free < LITTLE_BYTES:
+            raise JobError(
+                f"the {spec.kind} job {spec.id} of {spec.pack} ended without a result: the disk of {folder} is full",
+                fix="make room there, or set EVERGREEN_JOBS to a folder on a larger disk, then run again",
+            )
         raise JobError(
             f"the {spec.kind} job {spec.id} of {spec.pack} ended without a result: it was killed, often for want of "
             f"memory, unless its log says otherwise{_tail(folder)}",
@@ -200,6 +208,42 @@ def discard(settings: Settings, job_id: str) -> None:
         with _claimed(folder):
             runtime.stop(folder)
             shutil.rmtree(folder)
+
+
+KEPT_DONE_S = 7 * 86400
+KEPT_S = 30 * 86400
+USED = (".", "job.json", "heartbeat", "output/result.json")
+"""What tells by its time when a job's folder was last of use."""
+
+
+def sweep(settings: Settings, pack: str) -> None:
+    """Remove what nobody came back for: folders of this pack's jobs, and those that never became a job's.
+
+    A job that did its work is kept for KEPT_DONE_S since it was last of use; one that failed or was killed, whose log
+    somebody may want to read, for KEPT_S. One that lives stays, and one that somebody is busy with.
+    """
+    for folder in settings.jobs.glob("*/"):
+        if _is_over(folder, pack):
+            with suppress(BlockingIOError), _claimed(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if _is_over(folder, pack) and not runtime.alive(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_over(folder: Path, pack: str) -> bool:
+    """Whether a folder's time is over; one without a readable `job.json` is no other pack's."""
+    used = [0.0]
+    for name in USED:
+        with suppress(OSError):
+            used.append((folder / name).stat().st_mtime)
+    idle_s = time.time() - max(used)
+    if idle_s < KEPT_DONE_S:
+        return False
+    try:
+        spec = JobSpec.model_validate_json((folder / "job.json").read_bytes())
+    except (OSError, ValueError):
+        return idle_s > KEPT_S
+    result = read_result(folder)
+    return spec.pack == pack and (idle_s > KEPT_S or (result is not None and result.ok))
 
 
 def progress(folder: Path) -> Progress | None:
@@ -236,12 +280,14 @@ def sizes(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+LITTLE_BYTES = 2**18
+"""A disk that has no more is full."""
 MORE_TIME = "raise training.timeout in pack.yaml, or give the job less to do; run again goes on from its checkpoint"
 
 
 @contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made where it is missing, against every other caller on this machine."""
+def _claimed(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold `folder`, made where it is missing, against every other caller on this machine; `how` as flock takes it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -249,7 +295,7 @@ def _claimed(folder: Path) -> Iterator[None]:
         except FileNotFoundError:
             continue  # discarded since
         try:
-            fcntl.flock(held, fcntl.LOCK_EX)
+            fcntl.flock(held, how)
             if _is_at(held, folder):
                 yield
                 return

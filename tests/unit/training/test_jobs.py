@@ -1,6 +1,10 @@
 """What a training function is handed, and how jobs are started, found, waited for and removed."""
 
 import json
+import os
+import time
+from contextlib import suppress
+from unittest import mock
 
 import polars as pl
 import pytest
@@ -298,6 +302,69 @@ def test_a_discarded_job_is_gone(settings):
     jobs.discard(settings, "abc")
     jobs.discard(settings, "abc")
     assert not (settings.jobs / "abc").exists()
+
+
+FAILS = "def read(window):\n    raise OSError('the line was cut')\n"
+
+
+def left(settings, job_id, days, source=READ, **changes):
+    """A job that ended, `days` ago by the times of its files."""
+    with suppress(SourceError):
+        run(settings, source, id=job_id, **changes)
+    age(settings.jobs / job_id, days)
+
+
+def age(folder, days):
+    then = time.time() - days * 86400
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (then, then))
+
+
+def kept(settings):
+    """The folders that are there after another job of `demo` has started."""
+    run(settings)
+    return sorted(folder.name for folder in settings.jobs.glob("*/") if folder.name != "abc")
+
+
+def test_jobs_of_this_pack_that_ended_long_ago_are_swept_away(settings):
+    """After 7 days where the work was done, after 30 where it failed, and another pack's jobs are its own to sweep."""
+    left(settings, "done-8", 8)
+    left(settings, "done-6", 6)
+    left(settings, "failed-31", 31, FAILS)
+    left(settings, "failed-29", 29, FAILS)
+    left(settings, "other-31", 31, pack="other")
+    half = settings.jobs / "half-filled"
+    half.mkdir()
+    age(half, 31)
+    assert kept(settings) == ["done-6", "failed-29", "other-31"]
+
+
+def test_a_job_that_runs_is_never_swept_away(settings):
+    """However old its files are, and whatever was left of an earlier attempt."""
+    source = "import time\ndef read(window):\n    time.sleep(600)\n"
+    handle = jobs.start(settings, spec(id="alive", timeout_s=900), filling(source))
+    try:
+        age(handle.folder, 40)
+        with mock.patch.object(jobs, "USED", ("job.json",)):  # not the heartbeat, which tells too
+            assert kept(settings) == ["alive"]
+    finally:
+        jobs.discard(settings, "alive")
+
+
+def test_a_job_that_somebody_is_busy_with_is_not_swept_away(settings):
+    """A folder that is held is passed over, not waited for."""
+    left(settings, "busy", 8)
+    with jobs._claimed(settings.jobs / "busy"):
+        assert kept(settings) == ["busy"]
+    jobs.sweep(settings, "demo")
+    assert not (settings.jobs / "busy").exists()
+
+
+def test_an_old_job_that_was_adopted_is_not_swept_away(settings):
+    """A retry after more than a week finds the work done, and still there when the next job of the stage starts."""
+    left(settings, "adopted", 8)
+    assert jobs.start(settings, spec(id="adopted"), pytest.fail).found == "finished"
+    assert kept(settings) == ["adopted"]
 
 
 def test_an_id_cannot_leave_the_jobs_folder():

@@ -1,7 +1,9 @@
-"""What stages share: folders to work in, and jobs of the run's pack."""
+"""What the chain and the monitor share: folders to work in, and jobs of the run's pack."""
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evergreen.data.store import Store
+from evergreen.errors import EvergreenError, JobError
 from evergreen.keys import note
 from evergreen.pack import Pack
 from evergreen.run import Manifest, Ref, Run, digest
@@ -23,11 +26,28 @@ def work_folder(run: Run) -> Iterator[Path]:
     prefix = f"stage-{run.pack.name}-{run.slug}-"  # runs of two packs may share an Airflow run id
     for left in run.settings.jobs.glob(f"{prefix}*"):  # by an attempt that was killed: one at a time acts here
         shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=run.settings.jobs))
+    with _room(run.settings.jobs):
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=run.settings.jobs))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """What a full disk makes each library say in words of its own, as one error that names the folder."""
     try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except EvergreenError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise JobError(
+            f"the disk of {folder}, where stages and jobs work, is full",
+            fix="make room there, or set EVERGREEN_JOBS to a folder on a larger disk, then run again",
+        ) from error
 
 
 def manifest_of(store: Store, ref: Ref) -> Manifest:
@@ -77,4 +97,5 @@ def finish_job(run: Run, stage: str, spec: jobs.JobSpec, fill: Callable[[Path], 
             run, stage, "progress", f"step {progress.step} of {progress.of}  {shown}{left}", fraction=progress.fraction
         )
 
-    return jobs.wait(jobs.start(run.settings, spec, fill), tell)
+    with _room(run.settings.jobs):
+        return jobs.wait(jobs.start(run.settings, spec, fill), tell)

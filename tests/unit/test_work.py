@@ -6,7 +6,7 @@ from evergreen import laws
 from evergreen.pack import load
 from evergreen.run import Run
 from evergreen.settings import Settings
-from evergreen.stages.work import work_folder
+from evergreen.work import work_folder
 
 
 def run_of(settings: Settings, pack: str) -> Run:
