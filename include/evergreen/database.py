@@ -1,4 +1,4 @@
-"""The events table, which is only ever appended to, and leases. SQLite embedded; any SQLAlchemy URL.
+"""The events table, which is only ever appended to, and leases. SQLite embedded, PostgreSQL as a service.
 
 Every event carries the hash of the one before it in its pack, so an edit, a removal or a reordering shows:
 `hash = sha256(canonical JSON of {pack, position, kind, run_id, key, at, body, previous})`.
@@ -15,8 +15,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from evergreen.errors import DatabaseError, LeaseHeldError
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest revision in `migrations/versions`: what the code below is written for."""
 
 metadata = sa.MetaData()
@@ -47,6 +47,7 @@ events = sa.Table(
     sa.Column("hash", sa.String(64), nullable=False),
     sa.UniqueConstraint("pack", "position", name="uq_events_pack_position"),
     sa.Index("ix_events_pack_kind", "pack", "kind", "position"),
+    sa.Index("ix_events_pack_at", "pack", "at"),
     sa.Index("ix_events_key", "key"),
     sa.Index("ix_events_run_id", "run_id"),
 )
@@ -60,8 +61,27 @@ leases = sa.Table(
     sa.Column("expires_at", sa.String(32), nullable=False),
 )
 
+undecided = sa.Table(
+    "undecided",
+    metadata,
+    sa.Column("alert", sa.String(64), primary_key=True),
+    sa.Column("pack", sa.String(64), nullable=False),
+    sa.Column("position", sa.Integer, nullable=False),
+    sa.Column("due_at", sa.String(32), nullable=False),
+    sa.Column("run_id", sa.String(250)),
+    sa.Column("held", sa.Text),
+    sa.Index("ix_undecided_due", "due_at", "pack"),
+)
+"""An index over the events, made again from them by `triggers.inbox.rebuild`: the alerts without a final decision."""
+
+WAIT_S = 30
+"""How long a transaction waits for its turn to write before it gives up."""
+
 HOME = "-home-"
 """The chain of what concerns no single pack; no pack can have this name."""
+
+COLUMNS = tuple(column for column in events.columns if column.name != "id")
+"""The columns of an event, in the order of its fields."""
 
 GENESIS = "0" * 64
 """`previous` of a pack's first event."""
@@ -83,72 +103,179 @@ class Event:
     hash: str
 
 
+class Chain:
+    """The end of a pack's chain, held by one transaction; what is appended is written together when that ends."""
+
+    def __init__(self, connection: sa.Connection, pack: str) -> None:
+        self.connection = connection
+        """The transaction, for what is to change together with the events."""
+        self.pack = pack
+        last = connection.execute(
+            sa.select(events.c.position, events.c.hash)
+            .where(events.c.pack == pack)
+            .order_by(events.c.position.desc())
+            .limit(1)
+        ).first()
+        self._position: int = last.position if last else 0
+        self._previous: str = last.hash if last else GENESIS
+        self._rows: list[dict[str, Any]] = []
+
+    def append(self, kind: str, body: dict[str, Any], *, run_id: str | None = None, key: str | None = None) -> Event:
+        """Add an event at the end of the chain and return it as it will be read."""
+        at = datetime.now(UTC)
+        row: dict[str, Any] = {
+            "pack": self.pack,
+            "position": self._position + 1,
+            "kind": kind,
+            "run_id": run_id,
+            "key": key,
+            "at": at.isoformat(),
+            "body": _canonical(body),
+            "previous": self._previous,
+        }
+        row["hash"] = _hash_of(row)
+        self._rows.append(row)
+        self._position, self._previous = row["position"], row["hash"]
+        return Event(**{**row, "at": at, "body": json.loads(row["body"])})
+
+    def write(self) -> None:
+        """Write what was appended."""
+        if self._rows:
+            self.connection.execute(sa.insert(events), self._rows)
+            self._rows = []
+
+
 class Database:
-    """The events database at `url`. Connects, and brings the schema up to date, on first use."""
+    """The events database at `url`. Connects, and brings the schema up to date, on first use.
+
+    Every method raises DatabaseError when the database cannot be reached, or goes away; then nothing was changed,
+    unless the word that a transaction had ended was itself lost.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._turn = threading.Lock()
 
     @functools.cached_property
     def engine(self) -> sa.Engine:
-        """The engine, its schema at HEAD. Raises DatabaseError when it cannot be reached."""
+        """The engine, its schema at HEAD."""
         try:
             url = make_url(self.url)
         except sa.exc.ArgumentError as error:
             raise DatabaseError(
                 f"{self.url!r} is not a database URL", fix="set EVERGREEN_DATABASE_URL, as in sqlite:////path/events.db"
             ) from error
-        if url.get_backend_name() == "sqlite" and url.database:
+        if url.get_backend_name() not in CONNECT:
+            raise DatabaseError(
+                f"{url.render_as_string(hide_password=True)}: {url.get_backend_name()} is not a database of Evergreen",
+                fix="set EVERGREEN_DATABASE_URL to sqlite:////path/events.db or postgresql://user@host/name",
+            )
+        if _is_sqlite(url) and url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(
-            url, **({"connect_args": {"timeout": 30}} if _is_sqlite(url) else {"pool_pre_ping": True})
-        )
+        engine = sa.create_engine(url, connect_args=CONNECT[url.get_backend_name()], pool_pre_ping=not _is_sqlite(url))
         if _is_sqlite(url):
             _make_sqlite_serializable(engine)
-        try:
+        with self._named():
             _upgrade(engine)
-        except DBAPIError as error:
-            shown = url.render_as_string(hide_password=True)
-            raise DatabaseError(
-                f"{shown}: the events database cannot be used: {error.orig}",
-                fix="check that it runs and that EVERGREEN_DATABASE_URL is right",
-            ) from error
         return engine
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A transaction that only reads: it waits for nobody, and nobody waits for it."""
+        with self._named(), self.engine.connect() as connection:
+            yield connection.execution_options(reads=True)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction that may write. It ends with the block; what raises in the block undoes it."""
+        with self._named(), self._queued(), self.engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def chain(self, pack: str) -> Iterator[Chain]:
+        """The end of `pack`'s chain, held by one transaction: whoever else wants to append to it waits."""
+        with self.writing() as connection:
+            if not _is_sqlite(self.engine.url):
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(pack, 0))))
+            chain = Chain(connection, pack)
+            yield chain
+            chain.write()
+
+    @contextlib.contextmanager
+    def _queued(self) -> Iterator[None]:
+        """One writer of this process at a time on SQLite, whose own way to wait is to sleep and try again."""
+        if not _is_sqlite(self.engine.url):
+            yield
+            return
+        if not self._turn.acquire(timeout=WAIT_S):
+            raise self._unusable(f"other threads have been writing for {WAIT_S} s")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """What the driver raises, as a DatabaseError. IntegrityError is an answer, not a failure, and passes."""
+        try:
+            yield
+        except IntegrityError:
+            raise
+        except (DBAPIError, sa.exc.TimeoutError) as error:
+            raise self._unusable(getattr(error, "orig", error)) from error
+
+    def _unusable(self, why: object) -> DatabaseError:
+        shown = make_url(self.url).render_as_string(hide_password=True)
+        return DatabaseError(
+            f"{shown}: the events database cannot be used: {why}",
+            fix="check that it runs, that it may be written to, and that EVERGREEN_DATABASE_URL is right",
+        )
 
     def append(
         self, pack: str, kind: str, body: dict[str, Any], *, run_id: str | None = None, key: str | None = None
     ) -> Event:
         """Add an event at the end of `pack`'s chain and return it. Concurrent appends queue."""
-        while True:
-            try:
-                with self.engine.begin() as connection:
-                    return _append(connection, pack, kind, body, run_id, key)
-            except IntegrityError:
-                continue  # another process took the position: take the next one
+        with self.chain(pack) as chain:
+            return chain.append(kind, body, run_id=run_id, key=key)
 
     def events(
         self,
         pack: str | None = None,
         *,
-        kind: str | None = None,
+        kind: str | Collection[str] | None = None,
         run_id: str | None = None,
         key: str | None = None,
+        since: datetime | None = None,
         newest_first: bool = False,
         limit: int | None = None,
     ) -> list[Event]:
-        """The events that match every condition given, in the order in which they were appended."""
-        query = sa.select(events)
-        for column, wanted in (("pack", pack), ("kind", kind), ("run_id", run_id), ("key", key)):
+        """The events that match every condition given, in the order in which they were appended.
+
+        `kind` may be several kinds; `since` is the earliest instant at which an event was appended.
+        """
+        query = sa.select(*COLUMNS)
+        for column, wanted in (("pack", pack), ("run_id", run_id), ("key", key)):
             if wanted is not None:
                 query = query.where(events.c[column] == wanted)
-        query = query.order_by(events.c.id.desc() if newest_first else events.c.id.asc())
+        if kind is not None:
+            query = query.where(events.c.kind.in_([kind] if isinstance(kind, str) else kind))
+        if since is not None:
+            query = query.where(events.c.at >= since.astimezone(UTC).isoformat())
+        # Both orders are one within a pack. Each index gives one of them without a sort: a pack's gives positions.
+        order = events.c.position if pack is not None and run_id is None and key is None else events.c.id
+        query = query.order_by(order.desc() if newest_first else order.asc())
         if limit is not None:
             query = query.limit(limit)
-        with self.engine.connect() as connection:
-            return [_event(row) for row in connection.execute(query)]
+        with self.reading() as connection:
+            return [event_of(row) for row in connection.execute(query)]
 
     def latest(
-        self, pack: str | None = None, *, kind: str | None = None, run_id: str | None = None, key: str | None = None
+        self,
+        pack: str | None = None,
+        *,
+        kind: str | Collection[str] | None = None,
+        run_id: str | None = None,
+        key: str | None = None,
     ) -> Event | None:
         """The newest event that matches, or None."""
         found = self.events(pack, kind=kind, run_id=run_id, key=key, newest_first=True, limit=1)
@@ -158,7 +285,8 @@ class Database:
         """The position of the first event of `pack` that breaks the chain, or None when it holds."""
         previous = GENESIS
         for expected, event in enumerate(self.events(pack), start=1):
-            if event.position != expected or event.previous != previous or event.hash != _hash_of(event):
+            row = {**vars(event), "at": event.at.isoformat(), "body": _canonical(event.body)}
+            if event.position != expected or event.previous != previous or row.pop("hash") != _hash_of(row):
                 return expected
             previous = event.hash
         return None
@@ -194,7 +322,7 @@ class Database:
         finally:
             stop.set()
             renewal.join()
-            with self.engine.begin() as connection:
+            with self.writing() as connection:
                 connection.execute(sa.delete(leases).where(leases.c.name == name, leases.c.token == token))
 
     def _take(self, name: str, holder: str, token: str, ttl_s: float) -> str | None:
@@ -202,18 +330,18 @@ class Database:
         now = datetime.now(UTC)
         expires_at = (now + timedelta(seconds=ttl_s)).isoformat(timespec="microseconds")
         free = sa.or_(leases.c.expires_at < now.isoformat(timespec="microseconds"), leases.c.holder == holder)
-        with contextlib.suppress(IntegrityError), self.engine.begin() as connection:
+        with contextlib.suppress(IntegrityError), self.writing() as connection:
             connection.execute(sa.delete(leases).where(leases.c.name == name, free))
             connection.execute(sa.insert(leases).values(name=name, holder=holder, token=token, expires_at=expires_at))
             return None
-        with self.engine.connect() as connection:
+        with self.reading() as connection:
             return connection.execute(sa.select(leases.c.holder).where(leases.c.name == name)).scalar() or "another run"
 
     def _renew(self, name: str, token: str, ttl_s: float, stop: threading.Event) -> None:
         while not stop.wait(ttl_s / 3):
             expires_at = (datetime.now(UTC) + timedelta(seconds=ttl_s)).isoformat(timespec="microseconds")
             # A database that is away for a moment must not end the work: the next renewal may reach it in time.
-            with contextlib.suppress(DBAPIError), self.engine.begin() as connection:
+            with contextlib.suppress(DatabaseError), self.writing() as connection:
                 connection.execute(
                     sa.update(leases)
                     .where(leases.c.name == name, leases.c.token == token)
@@ -226,56 +354,34 @@ def this_process() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-@functools.cache
 def connect(url: str) -> Database:
-    """The database at `url`: one engine a process."""
+    """The database at `url`: one engine a process, never a parent's, whose connections a fork must not share."""
+    return _database(url, os.getpid())
+
+
+@functools.cache
+def _database(url: str, _process: int) -> Database:
     return Database(url)
 
 
-def _append(
-    connection: sa.Connection, pack: str, kind: str, body: dict[str, Any], run_id: str | None, key: str | None
-) -> Event:
-    last = connection.execute(
-        sa.select(events.c.position, events.c.hash)
-        .where(events.c.pack == pack)
-        .order_by(events.c.position.desc())
-        .limit(1)
-    ).first()
-    unhashed = Event(
-        pack=pack,
-        position=last.position + 1 if last else 1,
-        kind=kind,
-        run_id=run_id,
-        key=key,
-        at=datetime.now(UTC),
-        body=json.loads(_canonical(body)),
-        previous=last.hash if last else GENESIS,
-        hash="",
-    )
-    event = Event(**{**_fields(unhashed), "hash": _hash_of(unhashed)})
-    row = {**_fields(event), "at": event.at.isoformat(), "body": _canonical(event.body)}
-    connection.execute(sa.insert(events).values(**row))
-    return event
+def event_of(row: sa.Row[Any]) -> Event:
+    """The event in a row of COLUMNS."""
+    pack, position, kind, run_id, key, at, body, previous, sha256 = tuple(row)
+    return Event(pack, position, kind, run_id, key, datetime.fromisoformat(at), json.loads(body), previous, sha256)
 
 
-def _fields(event: Event) -> dict[str, Any]:
-    return {name: getattr(event, name) for name in Event.__dataclass_fields__}
+def _hash_of(row: dict[str, Any]) -> str:
+    """The hash of an event whose `at` and `body` are text already, as they are stored."""
+    # The body, the longest part, is canonical as it is. Before it in the text stands `at` alone, which holds no quotes.
+    text = _canonical({**row, "body": None}).replace('"body":null', f'"body":{row["body"]}', 1)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _event(row: sa.Row[Any]) -> Event:
-    values = {name: getattr(row, name) for name in Event.__dataclass_fields__}
-    return Event(**{**values, "at": datetime.fromisoformat(row.at), "body": json.loads(row.body)})
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
-def _hash_of(event: Event) -> str:
-    content = asdict(event)
-    del content["hash"]
-    content["at"] = event.at.isoformat()
-    return hashlib.sha256(_canonical(content).encode()).hexdigest()
-
-
-def _canonical(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+CONNECT: dict[str, dict[str, Any]] = {"sqlite": {"timeout": WAIT_S}, "postgresql": {"connect_timeout": 10}}
+"""The databases that Evergreen knows how to hold a chain of, and how their drivers are called."""
 
 
 def _is_sqlite(url: sa.URL) -> bool:
@@ -283,7 +389,7 @@ def _is_sqlite(url: sa.URL) -> bool:
 
 
 def _make_sqlite_serializable(engine: sa.Engine) -> None:
-    """Take SQLite's write lock when a transaction begins, so that read-then-insert cannot interleave."""
+    """Take SQLite's write lock when a transaction that may write begins, so that read-then-insert cannot interleave."""
 
     @sa.event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
@@ -293,12 +399,12 @@ def _make_sqlite_serializable(engine: sa.Engine) -> None:
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("reads") else "BEGIN IMMEDIATE")
 
 
 def _upgrade(engine: sa.Engine) -> None:
     """Bring the schema to HEAD. Alembic is imported only when there is something to do."""
-    with engine.connect() as connection:
+    with engine.connect().execution_options(reads=True) as connection:
         known = sa.inspect(connection).has_table("alembic_version")
         current = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() if known else None
     if current == HEAD:

@@ -1,13 +1,17 @@
 """Claims about the events table and leases, on real SQLite files."""
 
+import contextlib
+import os
 import subprocess
 import sys
+import threading
 import time
+from datetime import UTC, datetime
 
 import pytest
 import sqlalchemy as sa
 
-from evergreen.database import HEAD, Database
+from evergreen.database import HEAD, Database, connect
 from evergreen.errors import DatabaseError, LeaseHeldError
 
 
@@ -47,6 +51,87 @@ def test_tampering_shows(database, statement, first_bad):
     with database.engine.begin() as connection:
         connection.exec_driver_sql(statement)
     assert database.first_bad("a") == first_bad
+
+
+def test_events_appended_together_are_chained_as_single_ones_are(database):
+    """One transaction, many events: each is returned as it will be read, and the chain goes on after it."""
+    database.append("a", "run", {})
+    with database.chain("a") as chain:
+        written = [chain.append("alert", {"n": number}, run_id="r", key="k") for number in range(5)]
+    database.append("a", "run", {})
+    assert database.events("a")[1:-1] == written
+    assert (len(database.events("a")), database.first_bad("a")) == (7, None)
+
+
+def test_what_raises_undoes_what_was_appended_with_it(database):
+    """All of a transaction or nothing, what it changed in other tables included."""
+    with contextlib.suppress(ZeroDivisionError), database.chain("a") as chain:
+        chain.append("alert", {})
+        chain.connection.execute(sa.text("INSERT INTO leases VALUES ('a', 'b', 'c', 'd')"))
+        chain.write()
+        raise ZeroDivisionError
+    with database.reading() as connection:
+        left = connection.exec_driver_sql("SELECT count(*) FROM leases").scalar()
+    assert (database.events("a"), left) == ([], 0)
+
+
+def test_reading_waits_for_no_writer(database):
+    """While one appends, others read what was there before."""
+    first = database.append("a", "run", {})
+    with database.chain("a") as chain:
+        chain.append("alert", {})
+        chain.write()
+        assert database.events("a") == [first]
+    assert len(database.events("a")) == 2
+
+
+def test_a_writer_that_hangs_is_named_in_the_end(database, monkeypatch):
+    """A thread that waits too long for its turn to write says so instead of hanging as well."""
+    monkeypatch.setattr("evergreen.database.WAIT_S", 0.05)
+    caught = []
+
+    def append():
+        try:
+            database.append("a", "run", {})
+        except DatabaseError as error:
+            caught.append(error)
+
+    with database.chain("a"):
+        other = threading.Thread(target=append)
+        other.start()
+        other.join(10)
+    assert "other threads have been writing" in caught[0].what
+
+
+def test_events_are_found_by_kinds_and_since(database):
+    """Several kinds at once, and only what was appended at an instant or after it."""
+    written = [database.append("a", kind, {}) for kind in ("run", "alert", "stage", "alert")]
+    assert database.events("a", kind=("run", "stage")) == written[::2]
+    assert database.events("a", kind=["alert"], since=written[2].at) == written[3:]
+    assert database.events("a", since=written[1].at) == written[1:]
+    assert database.latest("a", kind=("run", "stage")) == written[2]
+    assert database.events("a", kind=()) == []
+
+
+def test_reading_the_newest_events_costs_the_same_in_a_long_history(database):
+    """The database finds them by an index and sorts nothing."""
+    database.append("a", "run", {})
+    plans = []
+    sa.event.listen(database.engine, "before_cursor_execute", lambda *call: plans.append(call[2:4]))
+    database.events("a", since=datetime.now(UTC), kind=("run", "alert"))
+    database.latest("a", kind="promotion")
+    with database.reading() as connection:
+        for statement, parameters in [plan for plan in plans if "SELECT" in plan[0]]:
+            steps = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+            assert all("SCAN" not in step.detail for step in steps), steps
+
+
+def test_a_child_process_never_uses_its_parents_connections(database, monkeypatch):
+    """The database of a URL is one of its process: a fork must not share connections with its parent."""
+    assert connect(database.url) is connect(database.url)
+    mine = connect(database.url)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert connect(database.url) is not mine
 
 
 def test_concurrent_appends_lose_nothing(database):
@@ -114,6 +199,26 @@ def test_a_database_from_the_future_is_refused(database):
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(DatabaseError, match="9999"):
         Database(database.url).events("a")
+
+
+def test_an_older_database_is_brought_up_to_date(database):
+    """What the first release wrote is kept, and what came since is there."""
+    first = database.append("a", "run", {})
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE undecided")
+        connection.exec_driver_sql("DROP INDEX ix_events_pack_at")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+    later = Database(database.url)
+    assert later.events("a") == [first]
+    tables = sa.inspect(later.engine)
+    assert tables.has_table("undecided")
+    assert "ix_events_pack_at" in {index["name"] for index in tables.get_indexes("events")}
+
+
+def test_a_database_of_another_kind_is_refused(tmp_path):
+    """What the chain cannot be held in is named before anything is written there."""
+    with pytest.raises(DatabaseError, match="mysql is not a database of Evergreen"):
+        Database("mysql://me:secret@localhost/events").events("a")
 
 
 def test_an_unreachable_database_names_itself(tmp_path):

@@ -1,0 +1,54 @@
+"""What every test may ask for."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.servers import MissingError, Postgres
+from xdist.scheduler import LoadFileScheduling
+
+AIRFLOWS = {f"tests/{file}.py" for file in ("e2e/test_admission", "e2e/test_alerts", "e2e/test_monitor")} | {
+    f"tests/{file}.py"
+    for file in ("e2e/test_scheduler", "e2e/test_webhook", "faults/test_storm", "dags/test_processor")
+}
+"""The files whose tests bring up an Airflow of their own."""
+
+
+class OneAirflowAtATime(LoadFileScheduling):
+    """A file's tests go to one process, and so do all AIRFLOWS: two at once starve a small machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "airflow" if file in AIRFLOWS else file
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest lot begins first, or one process would wait for it at the end."""
+    items.sort(key=lambda item: item.nodeid.split("::")[0] not in AIRFLOWS)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneAirflowAtATime:
+    return OneAirflowAtATime(config, log)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL, made once for all tests of this process that ask for it; a test that kills it starts it again."""
+    try:
+        server = Postgres()
+    except MissingError as missing:
+        pytest.skip(str(missing))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path) -> str:
+    """The URL of a new, empty events database, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'events.db'}"
+    return str(request.getfixturevalue("postgres").database())
