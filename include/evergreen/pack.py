@@ -20,10 +20,15 @@ from pydantic import ValidationError as PydanticError
 
 from evergreen.errors import PackError, nearest
 
-NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
+NAME = re.compile(r"(?!main$)[a-z][a-z0-9_]{0,47}")
+NAMING = (
+    "use lower-case letters, digits and _, a letter first, at most 48 characters; "
+    "not main, a branch that the snapshot repository has for itself"
+)
 CALL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:[A-Za-z_][A-Za-z0-9_]*")
 TEXT_TAG = "tag:yaml.org,2002:str"
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+LONGEST_S = 100 * 365 * 86400
 
 TASK_METRICS: Mapping[str, tuple[str, ...]] = {
     "binary": ("roc_auc", "average_precision", "log_loss", "brier", "accuracy", "calibration_error"),
@@ -39,7 +44,10 @@ def _duration(value: object) -> object:
         found = re.fullmatch(r"(\d+)([smhdw])", value.strip())
         if found is None:
             raise ValueError("is not a duration: write a whole number and s, m, h, d or w, as in 60d")
-        return timedelta(seconds=int(found[1]) * UNITS_S[found[2]])
+        seconds = int(found[1]) * UNITS_S[found[2]]
+        if seconds > LONGEST_S:
+            raise ValueError("is longer than a hundred years")
+        return timedelta(seconds=seconds)
     if isinstance(value, timedelta):
         return value
     raise ValueError("is not a duration: write a whole number and s, m, h, d or w, as in 60d")
@@ -148,6 +156,15 @@ class Clock(Part):
     start: Instant
     speed: float = Field(default=1440.0, gt=0)
 
+    def at(self, instant: datetime, made_at: datetime) -> datetime:
+        """What the clock shows at `instant`, in a home made at `made_at`; instants before that are as they are."""
+        if instant < made_at:
+            return instant
+        try:
+            return self.start + (instant - made_at) * self.speed
+        except OverflowError:
+            return datetime.max.replace(tzinfo=UTC)
+
 
 class Data(Part):
     """The dataset: its target, its time, its windows."""
@@ -163,6 +180,11 @@ class Data(Part):
     max_staleness: Duration = timedelta(days=30)
     quarantine: float = Field(default=0.02, ge=0, le=1)
     """Share of a window's rows that may fail an expectation and be set aside before the run ends."""
+
+    @property
+    def whole(self) -> timedelta:
+        """How far back a run reads."""
+        return self.train + self.validation + self.holdout
 
     @model_validator(mode="after")
     def _windows_hold_partitions(self) -> Data:
@@ -221,10 +243,127 @@ class GateRules(Part):
     promotion: Literal["automatic"] = "automatic"
 
 
+WINDOWS = re.compile(r"([1-9]\d?) of ([1-9]\d?)")
+
+
+def _windows(value: str) -> str:
+    found = WINDOWS.fullmatch(value)
+    if found is None or int(found[1]) > int(found[2]):
+        raise ValueError("is not 'M of N' windows: write 2 of 3 for two of the newest three")
+    return value
+
+
+class Confirm(Part):
+    """Act only on a complaint that lasts: heard in M of the newest N windows of `each`, the newest among them."""
+
+    windows: Annotated[str, AfterValidator(_windows)]
+    each: Duration = timedelta(hours=1)
+
+    @property
+    def heard(self) -> int:
+        """M: in how many windows the complaint must have been heard."""
+        return int(self.windows.split()[0])
+
+    @property
+    def of(self) -> int:
+        """N: how many windows are looked at."""
+        return int(self.windows.split()[2])
+
+    @model_validator(mode="after")
+    def _windows_last(self) -> Confirm:
+        if self.each <= timedelta(0):
+            raise ValueError("each is no time: write how long one window is, as in 1h")
+        if self.of * self.each > timedelta(seconds=LONGEST_S):
+            raise ValueError("its windows reach back more than a hundred years")
+        return self
+
+
+class Budget(Part):
+    """What alerts may spend in any period of `per`: runs they start, and hours of training on whatever device."""
+
+    runs: int | None = Field(default=None, ge=1)
+    device_hours: float | None = Field(default=None, gt=0)
+    per: Duration = timedelta(days=7)
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Budget:
+        if self.runs is None and self.device_hours is None:
+            raise ValueError("a budget names runs, device_hours, or both")
+        if self.per <= timedelta(0):
+            raise ValueError("per is no time: write a period, as in 7d")
+        return self
+
+
+class AdmissionPolicy(Part):
+    """What admission makes of this pack's alerts. The defaults keep a storm of alerts to one run in six hours."""
+
+    dedupe: Duration = timedelta(hours=1)
+    """The same complaint again within this is dropped."""
+    confirm: Confirm | None = None
+    cooldown: Duration = timedelta(hours=6)
+    """How long after a run began alerts wait."""
+    budget: Budget | None = None
+    brake: int = Field(default=60, ge=1)
+    """Above so many alerts a minute they are looked at together, once the minute is over."""
+
+
+class Move(Part):
+    """How far a distribution may move from what the champion was trained on before it counts."""
+
+    psi: float = Field(default=0.2, gt=0)
+    """Population stability index: 0.1 is a small move, 0.25 a large one."""
+
+
+class Drop(Part):
+    """How far the champion may fall before it counts, in units of the gate's primary metric."""
+
+    drop: float = Field(default=0.02, gt=0)
+
+
+class DriftRules(Part):
+    """When the monitor looks and at what, what it calls a violation, and in how many windows it must be seen."""
+
+    schedule: Cron = "@hourly"
+    window: Duration = timedelta(days=7)
+    """How long a window is, in whole partitions; the newest ends at as-of."""
+    features: Move = Move()
+    target: Move = Move(psi=0.1)
+    prediction: Move = Move(psi=0.1)
+    performance: Drop = Drop()
+    violated: Annotated[str, AfterValidator(_windows)] = "2 of 3"
+    """M of the newest N windows, the newest among them."""
+
+    @model_validator(mode="after")
+    def _window_lasts(self) -> DriftRules:
+        if self.window <= timedelta(0):
+            raise ValueError("window is no time: write how long one window is, as in 7d")
+        return self
+
+    @property
+    def seen(self) -> int:
+        """M: in how many windows a violation must be seen."""
+        return int(self.violated.split()[0])
+
+    @property
+    def of(self) -> int:
+        """N: how many windows are looked at."""
+        return int(self.violated.split()[2])
+
+    @property
+    def reach(self) -> timedelta:
+        """How long they are together."""
+        return self.window * self.of
+
+
 class Triggers(Part):
     """What starts a run beside people."""
 
     schedule: Cron | None = None
+    on_new_data: bool = False
+    """Whether an update of the Airflow asset `data/<dataset>` is an alert."""
+    drift: DriftRules | None = None
+    """A pack that does not say is not monitored."""
+    admission: AdmissionPolicy = AdmissionPolicy()
 
 
 class Pack(Part):
@@ -272,10 +411,7 @@ class Pack(Part):
         """The pack in `folder`. Raises PackError naming file, line, value and fix."""
         file = folder / "pack.yaml"
         if not NAME.fullmatch(folder.name):
-            raise PackError(
-                f"{folder}: {folder.name!r} cannot name a pack",
-                fix="use lower-case letters, digits and _, a letter first, at most 48 characters",
-            )
+            raise PackError(f"{folder}: {folder.name!r} cannot name a pack", fix=NAMING)
         try:
             text = file.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -298,6 +434,14 @@ class Pack(Part):
                     f"{file}:{lines.get(where, 1)}: {'.'.join(map(str, where))}: {value!r} is not {kind}",
                     fix=nearest(value, known),
                 )
+        if pack.triggers.drift is not None and pack.triggers.drift.reach > pack.data.whole:
+            where = ("triggers", "drift")
+            line = lines.get((*where, "window"), lines.get((*where, "violated"), lines.get(where, 1)))
+            reach, whole = (_duration_text(each) for each in (pack.triggers.drift.reach, pack.data.whole))
+            raise PackError(
+                f"{file}:{line}: triggers.drift: its windows reach {reach} back, and a run reads {whole} of data",
+                fix="shorten window, look at fewer by violated, or make data.train longer",
+            )
         return pack
 
 
@@ -308,10 +452,36 @@ def find(packs: Path) -> list[Path]:
 
 def load(packs: Path, name: str) -> Pack:
     """The pack called `name`. Raises PackError with the nearest name when there is none."""
+    return Pack.load(folder_of(packs, name))
+
+
+def folder_of(packs: Path, name: str) -> Path:
+    """The folder of the pack called `name`, sound or not. Raises PackError with the nearest name when there is none."""
     if not (packs / name / "pack.yaml").is_file():
         known = [folder.name for folder in find(packs)]
         raise PackError(f"{packs}: there is no pack {name!r}", fix=nearest(name, known))
-    return Pack.load(packs / name)
+    return packs / name
+
+
+def load_policy(file: Path) -> AdmissionPolicy:
+    """The admission policy in `file`: what may stand below `admission:`, with or without that word, or a whole pack.yaml.
+
+    Raises PackError as Pack.load does.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackError(f"{file} cannot be read: {error}", fix="name a YAML file, as in {cooldown: 1h}") from error
+    values, found = _parse(file, text)
+    whole = values.keys() & Pack.model_fields.keys()
+    at: Location = () if whole else ("triggers",) if "admission" in values else ("triggers", "admission")
+    lines = {(*at, *where): line for where, line in found.items()}
+    for part in reversed(at):
+        values = {str(part): values}
+    try:
+        return Triggers.model_validate(values.get("triggers", {})).admission
+    except PydanticError as error:
+        raise _explain(file, error, lines, within=("triggers",)) from error
 
 
 Location = tuple[str | int, ...]
@@ -402,14 +572,13 @@ def _names(pack: Pack) -> Iterator[tuple[Location, str, Sequence[str], str]]:
         yield ("source", "call"), f"{pack.source.call.split(':')[0]}.py", files, f"a file in {pack.folder}"
 
 
-def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int]) -> PackError:
-    """The first five mistakes of a pack as one PackError, in the order of their lines."""
+def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int], within: Location = ()) -> PackError:
+    """The first five mistakes of a pack, or of the part `within` it, as one PackError, in the order of their lines."""
     mistakes = []
     fixes = []
     for item in error.errors(include_url=False):
-        where: Location = tuple(
-            part for part in item["loc"] if part not in ("python", "parquet", "csv", "literal['auto']")
-        )
+        parts = (part for part in item["loc"] if part not in ("python", "parquet", "csv", "literal['auto']"))
+        where: Location = (*within, *parts)
         line = next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), 1)
         name = ".".join(str(part) for part in where)
         kind = item["type"]

@@ -36,6 +36,10 @@ class Settings(BaseModel):
     """MLflow server or database."""
     mlflow_artifacts: str
     """Artifact root of experiments that Evergreen makes, for a database tracking URI; a server has its own."""
+    senders: Path
+    """Who may send alerts, and by which secrets: a YAML file that only its owner can read."""
+    url: str | None = None
+    """Airflow's API server, where alerts are sent; None: the one that runs on this home."""
     image: str | None = None
     """The container image this process runs in, by digest, when it does."""
 
@@ -66,5 +70,7 @@ class Settings(BaseModel):
             or env.get("MLFLOW_TRACKING_URI")
             or f"sqlite:///{home / 'mlflow.db'}",
             mlflow_artifacts=get("MLFLOW_ARTIFACTS", str(home / "mlartifacts")),
+            senders=Path(get("SENDERS", str(home / "senders.yaml"))).absolute(),
+            url=env.get(PREFIX + "URL") or None,
             image=env.get(PREFIX + "IMAGE") or None,
         )

@@ -7,7 +7,18 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 
 from evergreen.errors import PackError
-from evergreen.pack import Data, Pack, find, load, parse_duration, parse_instant
+from evergreen.pack import (
+    AdmissionPolicy,
+    Budget,
+    Clock,
+    Data,
+    Pack,
+    find,
+    load,
+    load_policy,
+    parse_duration,
+    parse_instant,
+)
 
 PACK = """
 description: Is it more?
@@ -173,10 +184,16 @@ def test_an_unknown_pack_suggests_the_nearest(folder):
     assert caught.value.fix == "did you mean 'more'?"
 
 
-def test_a_folder_that_cannot_be_a_name_is_refused(folder):
-    """Names become DAG ids, branches and tables: lower-case letters, digits and _."""
-    with pytest.raises(PackError, match="'More-2' cannot name a pack"):
-        Pack.load(folder.rename(folder.parent / "More-2"))
+@pytest.mark.parametrize("name", ["More-2", "main"])
+def test_a_folder_that_cannot_be_a_name_is_refused(folder, name):
+    """Names become DAG ids, branches and tables: lower-case letters, digits and _; `main` is a branch already."""
+    with pytest.raises(PackError, match=f"{name!r} cannot name a pack"):
+        Pack.load(folder.rename(folder.parent / name))
+
+
+def test_a_name_may_begin_like_a_branch_that_is_there(folder):
+    """Only `main` itself is taken."""
+    assert Pack.load(folder.rename(folder.parent / "main_road")).dataset == "main_road"
 
 
 def test_importing_the_module_imports_nothing_heavy():
@@ -185,3 +202,77 @@ def test_importing_the_module_imports_nothing_heavy():
     code = f"import sys, evergreen.pack; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_what_admission_makes_of_alerts_is_read_and_comes_back_from_its_json(folder):
+    """A decision keeps the policy that it was made under as JSON."""
+    said = "{dedupe: 10m, confirm: {windows: 2 of 3, each: 90m}, cooldown: 0s, budget: {runs: 4, per: 1w}, brake: 9}"
+    (folder / "pack.yaml").write_text(f"{PACK}triggers: {{on_new_data: true, admission: {said}}}\n")
+    triggers = Pack.load(folder).triggers
+    policy = triggers.admission
+    assert triggers.on_new_data is True
+    assert (policy.dedupe, policy.cooldown, policy.brake) == (timedelta(minutes=10), timedelta(0), 9)
+    assert policy.confirm is not None
+    assert (policy.confirm.heard, policy.confirm.of, policy.confirm.each) == (2, 3, timedelta(minutes=90))
+    assert policy.budget == Budget(runs=4, device_hours=None, per=timedelta(days=7))
+    assert AdmissionPolicy.model_validate(policy.model_dump(mode="json")) == policy
+
+
+def test_a_pack_that_says_nothing_of_alerts_has_the_defaults(folder):
+    """A storm of alerts is one run in six hours, and updates of data are no alerts."""
+    triggers = Pack.load(folder).triggers
+    assert triggers.on_new_data is False
+    assert triggers.admission == AdmissionPolicy(dedupe=timedelta(hours=1), cooldown=timedelta(hours=6), brake=60)
+    assert (triggers.admission.confirm, triggers.admission.budget) == (None, None)
+
+
+def test_a_clock_shows_no_later_than_the_last_instant_there_is():
+    """An alert may name any as-of."""
+    clock = Clock(start=datetime(2013, 4, 1, tzinfo=UTC), speed=1440)
+    made_at = datetime(2026, 11, 21, tzinfo=UTC)
+    assert clock.at(made_at, made_at) == clock.start
+    assert clock.at(made_at + timedelta(minutes=1), made_at) == clock.start + timedelta(days=1)
+    assert clock.at(made_at - timedelta(minutes=1), made_at) == made_at - timedelta(minutes=1)
+    assert clock.at(datetime(9999, 1, 1, tzinfo=UTC), made_at) == datetime.max.replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{cooldown: 1h, brake: 9}",
+        "admission:\n  cooldown: 1h\n  brake: 9\n",
+        PACK + "triggers: {schedule: '@daily', admission: {cooldown: 1h, brake: 9}}",
+    ],
+    ids=["bare", "named", "pack"],
+)
+def test_a_policy_is_read_from_a_file_of_its_own(tmp_path, text):
+    """With or without the word `admission`, or within a whole pack; what is not said is as it is for a pack."""
+    (tmp_path / "other.yaml").write_text(text)
+    assert load_policy(tmp_path / "other.yaml") == AdmissionPolicy(cooldown=timedelta(hours=1), brake=9)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        ("brake: 9\ncooldwn: 1h", ":2: triggers.admission.cooldwn: unknown key", "did you mean 'cooldown'?"),
+        ("admission:\n  budget:\n    runs: 0\n", ":3: triggers.admission.budget.runs: 0 input", "change the value"),
+        (
+            PACK + "triggers:\n  admission: {brake: 0}\n",
+            ":13: triggers.admission.brake: 0 input",
+            "change the value",
+        ),
+        ("admission: {}\nx: 1", ":2: triggers.x: unknown key", "known: admission"),
+        ("- 1", ":1: holds no mapping", ""),
+        (None, "other.yaml cannot be read", "name a YAML file"),
+    ],
+)
+def test_a_wrong_policy_is_refused_as_a_pack_is(tmp_path, text, what, fix):
+    """File, line, key, value and the nearest thing that would have been right."""
+    file = tmp_path / "other.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(PackError) as caught:
+        load_policy(file)
+    assert caught.value.what.startswith(str(file))
+    assert what in caught.value.what
+    assert fix in caught.value.fix

@@ -1,0 +1,1 @@
+"""Triggers: what asks for a run, written down first, and what admission makes of it."""

@@ -1,0 +1,263 @@
+"""What senders post, read as new alerts: our own JSON, a CloudEvent around it, Alertmanager's and Grafana's notifications.
+
+Nothing is taken on trust: every text, number and field is checked before it becomes an alert.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from evergreen.pack import parse_instant
+from evergreen.triggers.inbox import NewAlert
+from evergreen.triggers.signatures import TOLERANCE
+
+REASON = 500
+"""How long a reason may be."""
+
+ID = 200
+"""How long a sender's id of a message may be."""
+
+AT_ONCE = 1_000
+"""How many alerts a notification may hold."""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""Control characters, but tab and line ends."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_Where = tuple["_Where", str | int] | None
+"""A place in a JSON value: the place around it, and the key or index there; None at the top."""
+
+JSON = "application/json"
+CLOUDEVENT = "application/cloudevents+json"
+
+
+class MessageError(Exception):
+    """A message cannot be an alert; says which field, and why."""
+
+
+class ContentTypeError(Exception):
+    """A message is of a type that is not read."""
+
+
+def _line(value: str) -> str:
+    """A text on one line."""
+    if not (line := " ".join(value.split())):
+        raise ValueError("is empty")
+    return line
+
+
+def _json_type(value: str) -> str:
+    if value.split(";", 1)[0].strip().lower() != JSON:
+        raise ValueError(f"is not {JSON}")
+    return value
+
+
+class Message(BaseModel):
+    """Our own body: that a model may need retraining, and why."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    reason: Annotated[str, Field(min_length=1, max_length=REASON), AfterValidator(_line)]
+    as_of: Annotated[str, Field(max_length=40)] | None = None
+    """A date or an instant, which is not to come: what the run that answers should pretend to be at."""
+    evidence: dict[str, Any] | None = None
+    fingerprint: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """What makes two alerts the same complaint; the reason's hash when it is not said."""
+    pack: str | None = None
+    """The pack that it is for: a signature does not cover the address, so a sender may say it here as well."""
+
+
+class CloudEvent(BaseModel):
+    """A CloudEvent 1.0 in JSON, whose data is a message of ours."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    specversion: Literal["1.0"]
+    id: Annotated[str, Field(min_length=1, max_length=500)]
+    source: Annotated[str, Field(min_length=1, max_length=500)]
+    type: Annotated[str, Field(min_length=1)]
+    datacontenttype: Annotated[str, AfterValidator(_json_type)] | None = None
+    data: Any
+
+
+class Notified(BaseModel):
+    """One alert of a notification."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    status: Literal["firing", "resolved"]
+    labels: dict[str, str]
+    annotations: dict[str, str] = {}
+    startsAt: Annotated[str, Field(min_length=1, max_length=64)]  # noqa: N815  Alertmanager's names
+    generatorURL: str = ""  # noqa: N815
+    fingerprint: Annotated[str, Field(min_length=1, max_length=200)]
+    values: dict[str, Any] | None = None
+
+    @property
+    def reason(self) -> str:
+        """The alert's name and what it says of itself."""
+        name = self.labels.get("alertname", "")
+        said = next((text for key in ("summary", "description", "message") if (text := self.annotations.get(key))), "")
+        line = " ".join(f"{name}: {said}".split()).strip(" :") or f"alert {self.fingerprint}"
+        return line if len(line) <= REASON else f"{line[: REASON - 1]}…"
+
+
+class Notification(BaseModel):
+    """What Alertmanager's webhook (version 4) and Grafana's (version 1) post: a group of alerts."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    version: Literal["4", "1"]
+    alerts: Annotated[list[Notified], Field(min_length=1, max_length=AT_ONCE)]
+
+
+def read(sender: str, pack: str, headers: Mapping[str, str], body: bytes, now: datetime) -> list[NewAlert]:
+    """The alerts in a body that `sender` posted for `pack`. Raises MessageError, ContentTypeError.
+
+    The sender's id of a message is its `webhook-id`, else its `idempotency-key`, else its CloudEvent's source and id,
+    else the body's hash. In a notification each alert has its own: the fingerprint, when it began, and its status.
+    """
+    kind = _content_type(headers.get("content-type", ""))
+    event_id: str | None
+    if kind == CLOUDEVENT:
+        event = _as(CloudEvent, _parsed(body))
+        data, event_id = event.data, f"{event.source} {event.id}"
+    else:
+        data, event_id = _parsed(body), _binary_event(headers)
+        if event_id is None and isinstance(data, dict) and "alerts" in data:
+            return [_notified(sender, alert) for alert in _as(Notification, data).alerts]
+    message = _as(Message, data, "data." if kind == CLOUDEVENT else "")
+    if message.pack not in (None, pack):
+        raise MessageError(f"pack: {message.pack!r:.60} is not the pack it was posted for, {pack!r}")
+    sender_id = _said_id(headers) or event_id or hashlib.sha256(body).hexdigest()
+    return [
+        NewAlert(
+            sender=sender,
+            sender_id=sender_id,
+            reason=message.reason,
+            fingerprint=message.fingerprint or hashlib.sha256(message.reason.encode()).hexdigest()[:16],
+            as_of=None if message.as_of is None else _instant(message.as_of, now),
+            evidence=message.evidence,
+        )
+    ]
+
+
+def _notified(sender: str, alert: Notified) -> NewAlert:
+    evidence: dict[str, Any] = alert.model_dump(include={"labels", "annotations", "startsAt", "generatorURL", "values"})
+    return NewAlert(
+        sender=sender,
+        sender_id=f"{alert.fingerprint} {alert.startsAt} {alert.status}",
+        reason=alert.reason,
+        fingerprint=alert.fingerprint,
+        evidence={key: value for key, value in evidence.items() if value},
+        status=alert.status,
+    )
+
+
+def _said_id(headers: Mapping[str, str]) -> str | None:
+    """The id that the sender gave the message in a header."""
+    for name in ("webhook-id", "idempotency-key"):
+        if said := headers.get(name):
+            if len(said) > ID:
+                raise MessageError(f"{name}: is longer than {ID} characters")
+            return said
+    return None
+
+
+def _content_type(header: str) -> str:
+    kind, *parameters = (part.strip().lower() for part in header.split(";"))
+    charset = next((part.split("=", 1)[-1].strip('" ') for part in parameters if part.startswith("charset=")), "utf-8")
+    if kind not in (JSON, CLOUDEVENT) or charset not in ("utf-8", "us-ascii"):
+        raise ContentTypeError(f"{header[:80]!r} is not read: send {JSON} or {CLOUDEVENT}, in UTF-8")
+    return kind
+
+
+def _binary_event(headers: Mapping[str, str]) -> str | None:
+    """Source and id of a CloudEvent whose attributes are headers; None where the message is none."""
+    if "ce-specversion" not in headers:
+        return None
+    attributes = {name: headers[f"ce-{name}"] for name in CloudEvent.model_fields if f"ce-{name}" in headers}
+    event = _as(CloudEvent, {**attributes, "data": None}, "ce-")
+    return f"{event.source} {event.id}"
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        value = from_json(body, allow_inf_nan=False, cache_strings=False)
+    except ValueError as error:
+        raise MessageError(f"body: is not JSON: {error}") from None
+    _check(value)
+    return value
+
+
+def _check(value: Any) -> None:
+    """Refuse what JSON can say and an event cannot: numbers past all bounds, control characters. In linear time."""
+    left: list[tuple[Any, _Where]] = [(value, None)]
+    while left:
+        part, where = left.pop()
+        if isinstance(part, dict):
+            for key, child in part.items():
+                if CONTROL.search(key):
+                    raise MessageError(f"{_place(_path((where, key)))}: holds a control character")
+                left.append((child, (where, key)))
+        elif isinstance(part, list):
+            left += [(child, (where, index)) for index, child in enumerate(part)]
+        elif isinstance(part, str) and CONTROL.search(part):
+            raise MessageError(f"{_place(_path(where))}: holds a control character")
+        elif isinstance(part, float) and not math.isfinite(part):
+            raise MessageError(f"{_place(_path(where))}: the number is too large")
+
+
+def _path(where: _Where) -> tuple[str | int, ...]:
+    parts: list[str | int] = []
+    while where is not None:
+        where, part = where
+        parts.append(part)
+    return tuple(reversed(parts))
+
+
+def _place(where: tuple[str | int, ...], prefix: str = "") -> str:
+    """A place in a body, fit for a log."""
+    names = [str(part) if str(part).isidentifier() or str(part).isdecimal() else ascii(part) for part in where[:8]]
+    return (prefix + ".".join(name[:60] for name in names)) or "body"
+
+
+def _as(model: type[Model], value: Any, prefix: str = "") -> Model:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        what = SAID.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+        place = _place(first["loc"], prefix) if first["loc"] else prefix.rstrip(".-") or "body"
+        raise MessageError(f"{place}: {what[0].lower()}{what[1:]}") from None
+
+
+SAID = {
+    "missing": "is missing",
+    "extra_forbidden": "unknown field",
+    "model_type": "is no JSON object",
+    "dict_type": "is no JSON object",
+    "string_type": "is no text",
+    "list_type": "is no list",
+}
+"""Mistakes in our words, by pydantic's names for them."""
+
+
+def _instant(value: str, now: datetime) -> datetime:
+    try:
+        instant = parse_instant(value)
+    except (ValueError, OverflowError):
+        raise MessageError(f"as_of: {value!r} is not a time: write 2013-04-01 or 2013-04-01T06:00:00+00:00") from None
+    if instant > now + TOLERANCE:
+        # Time only moves forward: a champion from the future would never be replaced.
+        raise MessageError(f"as_of: {value!r} is in the future")
+    return instant

@@ -1,0 +1,182 @@
+"""What Prometheus sees of admission and the monitor, counted from the events: no restart forgets anything or counts it twice."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from evergreen import database as db
+from evergreen.database import COLUMNS, HOME, Database, Event, event_of, events
+from evergreen.errors import PackError
+from evergreen.pack import AdmissionPolicy, Pack, find
+from evergreen.settings import Settings
+from evergreen.triggers.admission import Past
+
+KINDS = ("alert", "intent", "decision", "stage", "drift")
+
+AT_ONCE = 10_000
+"""How many events are read at a time."""
+
+LATENCY_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+"""The bounds of the latency's buckets: two seconds is what the bell promises, a minute the sweeper."""
+
+
+def exposition(settings: Settings) -> bytes:
+    """The metrics in Prometheus' text format. Raises DatabaseError."""
+    return generate_latest(registry(settings))
+
+
+@functools.cache
+def registry(settings: Settings) -> CollectorRegistry:
+    """The one registry of this process for these settings: it goes on counting where the last scrape ended."""
+    found = CollectorRegistry()
+    found.register(Admission(settings))
+    return found
+
+
+@dataclass
+class Count:
+    """What the events of one pack, up to `position`, add up to."""
+
+    position: int = 0
+    decided: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Final decisions, by sender and outcome."""
+    undecided: dict[str, str] = field(default_factory=dict)
+    """The alerts without one, each with its sender."""
+    unseen: dict[str, datetime] = field(default_factory=dict)
+    """The alerts that nothing was decided of yet, not even to hold them; each with the instant it was kept."""
+    latencies: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_S) + 1))
+    """How many alerts waited up to each bound of LATENCY_S, and longer, for their first decision."""
+    waited_s: float = 0.0
+    trained_at: datetime | None = None
+    looks: Counter[str] = field(default_factory=Counter)
+    """Of the monitor, by what each said."""
+    spending: Past = field(default_factory=Past)
+    """Of the past only what a budget counts: the runs that alerts started, and training."""
+
+    def add(self, event: Event) -> None:
+        """Count one more event: the next of its pack."""
+        self.position = event.position
+        if event.kind == "stage":
+            if event.body["stage"] == "train":
+                self.trained_at = event.at
+                self.spending.add(event)
+            return
+        if event.kind == "drift":
+            self.looks[event.body["value"]["kind"] or "not compared"] += 1
+            return
+        alert = str(event.key)
+        if event.kind == "alert":
+            self.undecided[alert] = event.body["sender"]
+            self.unseen[alert] = event.at
+            return
+        if (kept := self.unseen.pop(alert, None)) is not None:
+            seconds = (event.at - kept).total_seconds()
+            self.latencies[bisect.bisect_left(LATENCY_S, seconds)] += 1
+            self.waited_s += max(seconds, 0.0)
+        if event.body["outcome"] == "retrain":
+            self.spending.add(event)
+        if event.kind == "decision" and event.body["outcome"] != "hold":
+            self.decided[self.undecided.pop(alert), event.body["outcome"]] += 1
+
+
+class Admission:
+    """Collects the metrics. Each scrape reads the events that came since the last one, pack by pack."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.counts: dict[str, Count] = {}
+        self.lock = threading.Lock()
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, each with a sample for every pack that has something to say of it."""
+        with self.lock:
+            self._read()
+            yield from self._families(datetime.now(UTC))
+
+    def _read(self) -> None:
+        database = db.connect(self.settings.database_url)
+        for pack in {folder.name for folder in find(self.settings.packs)}.union(_packs_of(database)):
+            count = self.counts.setdefault(pack, Count())
+            # By position, which has no gaps: ids of rows may become visible out of their order.
+            query = sa.select(*COLUMNS).where(events.c.pack == pack, events.c.kind.in_(KINDS))
+            while True:
+                newer = query.where(events.c.position > count.position).order_by(events.c.position).limit(AT_ONCE)
+                with database.reading() as connection:
+                    rows = connection.execute(newer).all()
+                for row in rows:
+                    count.add(event_of(row))
+                if len(rows) < AT_ONCE:
+                    break
+
+    def _families(self, now: datetime) -> Iterator[Metric]:
+        alerts = CounterMetricFamily(
+            "evergreen_alerts", "Alerts with a final decision, by what it was.", labels=("pack", "sender", "decision")
+        )
+        latency = HistogramMetricFamily(
+            "evergreen_decision_latency_seconds",
+            "From an alert's being written down to the first decision of it, be it to hold it.",
+            labels=("pack",),
+        )
+        undecided = GaugeMetricFamily(
+            "evergreen_undecided_alerts", "Alerts without a final decision, held ones among them.", labels=("pack",)
+        )
+        age = GaugeMetricFamily(
+            "evergreen_days_since_training", "Days since a model of the pack was last trained.", labels=("pack",)
+        )
+        runs = GaugeMetricFamily(
+            "evergreen_budget_runs_left", "Runs that alerts may start now, by the pack's budget.", labels=("pack",)
+        )
+        hours = GaugeMetricFamily(
+            "evergreen_budget_device_hours_left",
+            "Device-hours of training left before alerts start no more runs, by the pack's budget.",
+            labels=("pack",),
+        )
+        looks = CounterMetricFamily(
+            "evergreen_looks", "Looks of the monitor, by the kind of change they showed.", labels=("pack", "kind")
+        )
+        for pack, count in sorted(self.counts.items()):
+            for (sender, outcome), number in sorted(count.decided.items()):
+                alerts.add_metric((pack, sender, outcome), number)
+            for kind, number in sorted(count.looks.items()):
+                looks.add_metric((pack, kind), number)
+            bounds = (*(str(float(bound)) for bound in LATENCY_S), "+Inf")
+            heights = [sum(count.latencies[: index + 1]) for index in range(len(bounds))]
+            latency.add_metric((pack,), list(zip(bounds, heights, strict=True)), count.waited_s)
+            undecided.add_metric((pack,), len(count.undecided))
+            if count.trained_at is not None:
+                age.add_metric((pack,), (now - count.trained_at).total_seconds() / 86400)
+            policy = self._policy(pack)
+            spent = policy and count.spending.spent(policy, now)
+            if policy and policy.budget and spent:
+                if policy.budget.runs is not None:
+                    runs.add_metric((pack,), max(policy.budget.runs - spent.runs, 0))
+                if policy.budget.device_hours is not None:
+                    hours.add_metric((pack,), max(policy.budget.device_hours - spent.hours, 0.0))
+        yield from (alerts, latency, undecided, age, runs, hours, looks)
+
+    def _policy(self, pack: str) -> AdmissionPolicy | None:
+        """The policy in force; None of a pack that is broken or gone."""
+        with contextlib.suppress(PackError):
+            return Pack.load(self.settings.packs / pack).triggers.admission
+        return None
+
+
+def _packs_of(database: Database) -> Iterator[str]:
+    """The packs that have events: each found by the index, without reading their events."""
+    pack: str | None = ""
+    with database.reading() as connection:
+        while pack is not None:
+            pack = connection.execute(sa.select(sa.func.min(events.c.pack)).where(events.c.pack > pack)).scalar()
+            if pack not in (None, HOME):
+                yield pack

@@ -1,0 +1,276 @@
+"""The webhook: `POST /alerts/{pack}`, for senders that sign or have a token. The answer comes when the alert is kept.
+
+What is refused is logged, with its reason and without secrets. Requests are looked at in this order: size and time of
+the body, authentication, rate, pack, content type, body; so who has no secret learns nothing but that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hmac
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from limits import RateLimitItemPerMinute
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+from evergreen import database as db
+from evergreen.errors import DatabaseError, SendersError
+from evergreen.pack import NAME
+from evergreen.settings import Settings
+from evergreen.triggers import inbox, messages, signatures
+from evergreen.triggers.inbox import NewAlert
+from evergreen.triggers.senders import Sender, Senders
+
+log = logging.getLogger("evergreen.webhook")
+
+BODY_BYTES = 64 * 1024
+READ_WITHIN_S = 10.0
+"""How long a body may take to arrive."""
+
+WAITING = 1_000
+"""How many requests may wait to be kept; more are sent away, so that a database that is away fills no memory."""
+
+TRY_AGAIN_S = 5
+
+
+class Kept(BaseModel):
+    """The answer: the alert's id, and all ids where the message held several alerts."""
+
+    alert: str
+    alerts: list[str]
+
+
+class Refusal(HTTPException):
+    """A request is not taken; `detail` says why."""
+
+
+def make_app(settings: Settings, authenticated: Callable[..., Any]) -> FastAPI:
+    """The web app. `authenticated` is the dependency that every route but the webhook carries: Airflow's own."""
+    app = FastAPI(title="Evergreen", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_settled)
+    door = Door(settings)
+
+    @app.post("/alerts/{pack}", status_code=202, responses=REFUSALS, openapi_extra=_bodies())
+    async def take_alert(pack: str, request: Request) -> Kept:
+        return await door.take(pack, request)
+
+    @app.get("/metrics", dependencies=[Depends(authenticated)], response_class=Response, responses=UNAUTHENTICATED)
+    def metrics() -> Response:
+        from prometheus_client import CONTENT_TYPE_LATEST
+
+        from evergreen.triggers.metrics import exposition
+
+        try:
+            return Response(exposition(settings), headers={"content-type": CONTENT_TYPE_LATEST})
+        except DatabaseError as error:
+            log.error("no metrics: %s", error)  # noqa: TRY400  the message says all
+            raise _away("the events database cannot be used") from error
+
+    return app
+
+
+@asynccontextmanager
+async def _settled(_app: FastAPI) -> AsyncIterator[None]:
+    """What the server has imported by now stays: looking through Airflow's objects for garbage halts it for 0.4 s."""
+    gc.freeze()
+    yield
+
+
+class Door:
+    """Where alerts come in."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.senders = Senders(settings.senders)
+        self.rate = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self.keeper = Keeper(settings.database_url)
+
+    async def take(self, pack: str, request: Request) -> Kept:
+        """Keep the alerts of a request; raises Refusal, logged."""
+        sender = None
+        try:
+            body = await _body(request)
+            sender = self._authenticate(request.headers, body)
+            await self._count(sender)
+            self._require(pack)
+            alerts = _alerts(sender, pack, request.headers, body)
+            ids = await self.keeper.keep(pack, alerts)
+        except Refusal as refusal:
+            who = sender.name if sender else f"nobody known at {request.client.host if request.client else '?'}"
+            log.warning("refused an alert for %.60r from %s: %d: %s", pack, who, refusal.status_code, refusal.detail)
+            raise
+        return Kept(alert=ids[0], alerts=ids)
+
+    def _authenticate(self, headers: Mapping[str, str], body: bytes) -> Sender:
+        """Who posted this: by the signature where there is one, else by the bearer token."""
+        try:
+            senders = self.senders.now().values()
+        except SendersError as error:
+            log.error("no alert is taken: %s", error)  # noqa: TRY400  the message says all
+            raise _away("the senders file cannot be used") from error
+        if "webhook-signature" in headers:
+            keys = {signatures.key_of(secret): sender for sender in senders for secret in sender.signing}
+            try:
+                return keys[signatures.verify(keys, headers, body, time.time())]
+            except signatures.SignatureError as error:
+                raise _unknown(str(error)) from None
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given, found = token.strip().encode() if scheme.lower() == "bearer" else b"", None
+        for sender in senders:
+            for secret in sender.bearer:  # every one is compared, whatever matched: the time tells nothing
+                if hmac.compare_digest(secret.encode(), given):
+                    found = sender
+        if found is None:
+            raise _unknown("neither signed (webhook-signature) nor with a sender's token (Authorization: Bearer …)")
+        return found
+
+    async def _count(self, sender: Sender) -> None:
+        """Count this request against the sender's rate, in this process."""
+        limit = RateLimitItemPerMinute(sender.per_minute)
+        if not await self.rate.hit(limit, sender.name):
+            window = await self.rate.get_window_stats(limit, sender.name)
+            wait = {"retry-after": str(max(1, math.ceil(window.reset_time - time.time())))}
+            raise Refusal(429, f"{sender.name} posted {sender.per_minute} requests within a minute", wait)
+
+    def _require(self, pack: str) -> None:
+        if not (NAME.fullmatch(pack) and (self.settings.packs / pack / "pack.yaml").is_file()):
+            raise Refusal(404, f"there is no pack {pack[:60]!r}")
+
+
+class Keeper:
+    """Writes alerts down: what comes while one transaction is under way goes into the next, together."""
+
+    def __init__(self, database_url: str) -> None:
+        self.database_url = database_url
+        self._waiting: list[tuple[str, Sequence[NewAlert], asyncio.Future[list[str]]]] = []
+        self._writing: asyncio.Task[None] | None = None
+
+    async def keep(self, pack: str, alerts: Sequence[NewAlert]) -> list[str]:
+        """Their ids, in order, once they are committed. Raises Refusal where they cannot be."""
+        if len(self._waiting) >= WAITING:
+            raise _away("too many alerts wait to be written down")
+        kept: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((pack, alerts, kept))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        return await kept
+
+    async def _write(self) -> None:
+        try:
+            while self._waiting:
+                waiting, self._waiting = self._waiting, []
+                for pack in dict.fromkeys(pack for pack, _, _ in waiting):
+                    await self._write_together(pack, [(alerts, kept) for name, alerts, kept in waiting if name == pack])
+        finally:
+            self._writing = None
+
+    async def _write_together(
+        self, pack: str, waiting: Sequence[tuple[Sequence[NewAlert], asyncio.Future[list[str]]]]
+    ) -> None:
+        """One transaction for all; whoever waits for a part of it gets its ids, or what went wrong."""
+        together = [alert for alerts, _ in waiting for alert in alerts]
+        ids: list[str] = []
+        failure: Exception | None = None
+        try:
+            ids = await asyncio.to_thread(inbox.keep, db.connect(self.database_url), pack, together)
+        except DatabaseError as error:
+            log.error("alerts for %s are not kept: %s", pack, error)  # noqa: TRY400  the message says all
+            failure = _away("the events database cannot be used")
+        except Exception as error:  # noqa: BLE001 -- a fault of ours is raised where the request is answered
+            failure = error
+        for alerts, kept in waiting:
+            own, ids = ids[: len(alerts)], ids[len(alerts) :]
+            if kept.done():  # the request was given up meanwhile; its alert is kept all the same
+                continue
+            if failure is None:
+                kept.set_result(own)
+            else:
+                kept.set_exception(failure)
+
+
+async def _body(request: Request) -> bytes:
+    """The body, when it is small enough and arrives in time; nothing beyond that is read."""
+    declared = request.headers.get("content-length", "0")
+    too_large = len(declared) > 9 or not declared.isdecimal() or int(declared) > BODY_BYTES
+    content = bytearray()
+    try:
+        async with asyncio.timeout(READ_WITHIN_S):
+            async with aclosing(request.stream()) as chunks:
+                while not too_large and (chunk := await anext(chunks, None)) is not None:
+                    content += chunk
+                    too_large = len(content) > BODY_BYTES
+    except TimeoutError:
+        raise Refusal(408, f"the body did not arrive within {READ_WITHIN_S:.0f} s", CLOSE) from None
+    except ClientDisconnect:
+        raise Refusal(408, "the body ended early", CLOSE) from None
+    if too_large:
+        raise Refusal(413, f"the body is larger than {BODY_BYTES // 1024} KiB", CLOSE)
+    return bytes(content)
+
+
+def _alerts(sender: Sender, pack: str, headers: Mapping[str, str], body: bytes) -> list[NewAlert]:
+    try:
+        return messages.read(sender.name, pack, headers, body, datetime.now(UTC))
+    except messages.ContentTypeError as error:
+        raise Refusal(415, str(error)) from None
+    except messages.MessageError as error:
+        raise Refusal(422, str(error)) from None
+
+
+def _unknown(why: str) -> Refusal:
+    return Refusal(401, why, {"www-authenticate": "Bearer"})
+
+
+def _away(why: str) -> Refusal:
+    return Refusal(503, f"{why}; what is wrong stands in the server's log", {"retry-after": str(TRY_AGAIN_S)})
+
+
+CLOSE = {"connection": "close"}
+"""What is left of the body is not waited for."""
+
+
+class Refused(BaseModel):
+    """Why a request was not taken."""
+
+    detail: str
+
+
+UNAUTHENTICATED: dict[int | str, dict[str, Any]] = {status: {"model": Refused} for status in (401, 403, 503)}
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refused} for status in (401, 404, 408, 413, 415, 422, 429, 503)
+}
+
+
+def _bodies() -> dict[str, Any]:
+    """The bodies that are read, for the schema of the app."""
+    message, event, alert = (
+        model.model_json_schema() for model in (messages.Message, messages.CloudEvent, messages.Notified)
+    )
+    notification = {
+        "type": "object",
+        "required": ["version", "alerts"],
+        "properties": {
+            "version": {"enum": ["4", "1"]},
+            "alerts": {"type": "array", "items": alert, "minItems": 1},
+        },
+    }
+    event["properties"]["data"] = message
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                messages.JSON: {"schema": {"anyOf": [message, notification]}},
+                messages.CLOUDEVENT: {"schema": event},
+            },
+        }
+    }
