@@ -73,12 +73,12 @@ def story(tmp_path_factory):
 
 def test_every_pack_is_in_force(story):
     """Serialised, not stale, unpaused: the scheduler may run them."""
-    assert story["good"]["in force"] == ["apple__train", "pear__train", "plum__train"]
+    assert story["good"]["in force"] == ["apple__train", "evergreen__admission", "pear__train", "plum__train"]
 
 
 def test_parsing_again_makes_no_new_version(story):
     """An unchanged pack keeps its first DAG version through every parse, also while another is broken."""
-    first = {"apple__train": 1, "pear__train": 1, "plum__train": 1}
+    first = {"apple__train": 1, "evergreen__admission": 1, "pear__train": 1, "plum__train": 1}
     assert [chapter["versions"] for chapter in story.values()] == [first] * 4
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from airflow.sdk import DAG, Param, get_parsing_context
 
 from evergreen.errors import PackError
-from evergreen.orchestration.tasks import signature, stage_task
+from evergreen.orchestration.tasks import monitor_task, signature, stage_task
 from evergreen.pack import Pack, find
 from evergreen.settings import Settings
 from evergreen.stages import CHAIN
@@ -39,8 +39,11 @@ PARAMS: dict[str, Param] = {
 """What a person may say when asking for a run."""
 
 
-def dags_to_parse(build: Callable[[Pack], DAG]) -> list[DAG]:
-    """What `build` makes of each pack; a pack of which it can make nothing is left to `refuse_broken_packs`.
+Build = Callable[[Pack], DAG | None]
+
+
+def dags_to_parse(build: Build) -> list[DAG]:
+    """What `build` makes of each pack; a pack that it cannot be made of is left to `refuse_broken_packs`.
 
     A task process gets its own pack's DAG only, and is told what is wrong with that pack.
     """
@@ -48,15 +51,16 @@ def dags_to_parse(build: Callable[[Pack], DAG]) -> list[DAG]:
     wanted = get_parsing_context().dag_id
     if wanted is not None:
         own = packs / wanted.rpartition("__")[0]
-        return [_checked(own, build)] if (own / "pack.yaml").is_file() else []
+        found = [_checked(own, build)] if (own / "pack.yaml").is_file() else []
+        return [dag for dag in found if dag is not None]
     dags = []
     for folder in find(packs):
         with contextlib.suppress(Exception):
             dags.append(_checked(folder, build))
-    return dags
+    return [dag for dag in dags if dag is not None]
 
 
-def refuse_broken_packs(*builds: Callable[[Pack], DAG]) -> None:
+def refuse_broken_packs(*builds: Build) -> None:
     """Raise what is wrong with the packs that cannot be loaded or built, all in one.
 
     It is called by a DAG file that has no DAGs: Airflow takes every DAG of a file with an import error out of force.
@@ -74,26 +78,16 @@ def refuse_broken_packs(*builds: Callable[[Pack], DAG]) -> None:
         raise PackError("\n".join(mistakes), fix="mend these; the DAGs of all other packs are in force")
 
 
-def _checked(folder: Path, build: Callable[[Pack], DAG]) -> DAG:
+def _checked(folder: Path, build: Build) -> DAG | None:
     dag = build(Pack.load(folder))
-    dag.validate()
+    if dag is not None:
+        dag.validate()
     return dag
 
 
 def training_dag(pack: Pack) -> DAG:
     """`<pack>__train`: ingest → validate → snapshot → train → evaluate → register → promote."""
-    with DAG(
-        dag_id=f"{pack.name}__train",
-        description=pack.description,
-        doc_md=f"{pack.card}\n",  # Airflow would open a text that ends in .md as a file
-        schedule=pack.triggers.schedule,
-        start_date=START,
-        catchup=False,
-        max_active_runs=1,
-        auto_register=False,  # the DAG file says which DAGs are its own
-        default_args={"owner": pack.owner},
-        tags={"evergreen", "train", *pack.tags},
-    ) as dag:
+    with _dag(pack, "train", pack.triggers.schedule) as dag:
         made: dict[type, Any] = {}
         before = None
         for stage in CHAIN:
@@ -105,3 +99,30 @@ def training_dag(pack: Pack) -> DAG:
     # Last: Airflow copies the parameters that a DAG has into every task made after them, four times each.
     dag.params.update(PARAMS)
     return dag
+
+
+def monitoring_dag(pack: Pack) -> DAG | None:
+    """`<pack>__monitor`: ingest → validate → monitor; None for a pack that is not monitored."""
+    if pack.triggers.drift is None:
+        return None
+    with _dag(pack, "monitor", pack.triggers.drift.schedule) as dag:
+        ingested = stage_task(pack, "ingest", "watch")()
+        validated = stage_task(pack, "validate", "watch")(ingested=ingested)
+        monitor_task(pack)(ingested=ingested, validated=validated)
+    dag.params.update(PARAMS)
+    return dag
+
+
+def _dag(pack: Pack, what: str, schedule: str | None) -> DAG:
+    return DAG(
+        dag_id=f"{pack.name}__{what}",
+        description=pack.description,
+        doc_md=f"{pack.card}\n",  # Airflow would open a text that ends in .md as a file
+        schedule=schedule,
+        start_date=START,
+        catchup=False,
+        max_active_runs=1,
+        auto_register=False,  # the DAG file says which DAGs are its own
+        default_args={"owner": pack.owner},
+        tags={"evergreen", what, *pack.tags},
+    )

@@ -31,6 +31,7 @@ from evergreen.pack import Pack, load
 from evergreen.settings import Settings
 from evergreen.training import jobs
 from evergreen.training.checkpoints import write_whole
+from evergreen.triggers import senders
 
 if TYPE_CHECKING:
     import httpx
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 READY_WITHIN_S = 120.0
 
 
-def environment(settings: Settings) -> dict[str, str]:
-    """Airflow's variables for this home; what the environment says already wins."""
+def environment(settings: Settings, given: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Airflow's variables for this home; what is given already, in this process's environment, wins."""
     home = settings.home / "airflow"
     found = {
         "AIRFLOW_HOME": str(home),
@@ -57,9 +58,9 @@ def environment(settings: Settings) -> dict[str, str]:
         if line and not line.startswith("#"):
             name, value = line.split("=", 1)
             found[name] = value
-    found |= {name: os.environ[name] for name in found if name in os.environ}
+    found |= {name: given[name] for name in found if name in given}
     # Where tasks reach the API server: Airflow assumes port 8080 whatever the port is.
-    base_url = os.environ.get("AIRFLOW__API__BASE_URL") or f"http://127.0.0.1:{found['AIRFLOW__API__PORT']}"
+    base_url = given.get("AIRFLOW__API__BASE_URL") or f"http://127.0.0.1:{found['AIRFLOW__API__PORT']}"
     return {**found, "AIRFLOW__API__BASE_URL": base_url}
 
 
@@ -69,7 +70,7 @@ def prepare(settings: Settings) -> None:
     home = settings.home / "airflow"
     home.mkdir(parents=True, exist_ok=True)
     done = home / "database-ready"
-    version = importlib.metadata.version("apache-airflow-core")
+    version = f"{importlib.metadata.version('apache-airflow-core')} with pools"
     with (home / "database-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once
         ready = done.is_file() and done.read_text(encoding="ascii") == version
@@ -79,7 +80,19 @@ def prepare(settings: Settings) -> None:
 
             write_default_airflow_configuration_if_needed()  # with the secrets that its processes share
             upgradedb()
+            _make_pool()
             done.write_text(version, encoding="ascii")
+
+
+def _make_pool() -> None:
+    """The pool of admission's tasks, which Airflow would never start without it."""
+    from airflow.models.pool import Pool
+    from airflow.utils.session import create_session
+
+    from evergreen.orchestration.admission import POOL
+
+    with create_session() as session:
+        Pool.create_or_update_pool(POOL, 3, "Decides alerts, whatever trains.", include_deferred=False, session=session)
 
 
 @dataclass(frozen=True)
@@ -159,11 +172,28 @@ def _ask_for_run(airflow: httpx.Client, runs: str, conf: Mapping[str, Any]) -> s
         time.sleep(1.0)
 
 
+def update_asset(address: str, name: str) -> str:
+    """Tell the Airflow at `address` that an asset is new, which wakes what waits for it; → when, ISO 8601."""
+    with client(address) as airflow:
+        known = _json(airflow.get("/api/v2/assets", params={"name_pattern": name, "limit": 100}))["assets"]
+        asset = next((asset["id"] for asset in known if asset["name"] == name), None)
+        if asset is None:
+            raise SettingsError(
+                f"Airflow knows no asset {name!r} that a DAG waits for",
+                fix="look at the import errors in the Airflow UI; a pack that was changed is read again within a minute",
+            )
+        return str(_json(airflow.post("/api/v2/assets/events", json={"asset_id": asset}))["timestamp"])
+
+
 def client(address: str) -> httpx.Client:
     """Airflow's REST API at `address`. On loopback every caller is an admin, and still needs a token."""
     import httpx
 
-    token = _json(httpx.get(f"{address}/auth/token", timeout=30, trust_env=False))["access_token"]
+    address = address.rstrip("/")
+    try:
+        token = _json(httpx.get(f"{address}/auth/token", timeout=30, trust_env=False))["access_token"]
+    except httpx.TransportError as error:
+        raise SettingsError(f"nobody answers at {address}: {error}", fix="start it: make up") from error
     # No proxy: the address is this machine's.
     return httpx.Client(base_url=address, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False)
 
@@ -223,7 +253,8 @@ def services(settings: Settings) -> dict[str, str]:
 def up(settings: Settings) -> Iterator[tuple[str, str]]:
     """Start Airflow (UI, scheduler, DAG processor, triggerer) and the MLflow UI; → (name, address) as each is ready.
 
-    Raises SettingsError where a port is taken or a service does not get ready; what was started then is stopped.
+    Raises SettingsError where a port is taken or a service does not get ready; what was started then is stopped. And
+    SendersError where the senders file, which is made where there is none, cannot be used.
     """
     env = {**os.environ, **environment(settings)}
     wanted = _services(settings, env)
@@ -236,6 +267,7 @@ def up(settings: Settings) -> Iterator[tuple[str, str]]:
     logs.mkdir(parents=True, exist_ok=True)
     try:
         if "airflow" in missing:
+            senders.ensure(settings)
             _prepare_apart(settings, logs / "airflow-database.log")
         for name, service in missing.items():
             _start(settings, name, service, env, logs)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import typing
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote, urlsplit
 
-from airflow.sdk import get_current_context, task
+from airflow.sdk import BaseOperatorLink, get_current_context, task
+from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException
 
 from evergreen import database as db
 from evergreen import keys
 from evergreen.errors import PackError, SourceError, TrainingError, ValidationError
 from evergreen.pack import Pack, load, parse_instant
-from evergreen.run import Run, Value
+from evergreen.run import Ingested, Run, Validated, Value
 from evergreen.settings import Settings
 from evergreen.stages import CHAIN
 
@@ -34,7 +36,7 @@ def signature(stage: str) -> tuple[dict[str, type[Value]], type[Value]]:
     return hints, result
 
 
-def stage_task(pack: Pack, stage: str) -> Any:
+def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") -> Any:
     """An Airflow task that performs `stage` for `pack`: takes and gives the values' JSON, by parameter name.
 
     It is retried twice, soon: a stage that was killed goes on from what it left. A mistake that a person must mend
@@ -54,7 +56,7 @@ def stage_task(pack: Pack, stage: str) -> Any:
     def act(**values: Any) -> dict[str, Any]:
         given = {name: kind.model_validate(values[name]) for name, kind in takes.items()}
         try:
-            value = CHAIN[stage](current_run(pack.name, get_current_context()), **given)
+            value = CHAIN[stage](current_run(pack.name, get_current_context(), kind), **given)
         except FINAL as error:
             raise AirflowFailException(str(error)) from error
         return value.model_dump(mode="json")
@@ -62,7 +64,52 @@ def stage_task(pack: Pack, stage: str) -> Any:
     return act
 
 
-def current_run(pack_name: str, context: Any) -> Run:
+def monitor_task(pack: Pack) -> Any:
+    """An Airflow task that looks at the newest windows of `pack`, and posts the alert that follows from a shift."""
+
+    @task(
+        task_id="monitor",
+        multiple_outputs=False,
+        show_return_value_in_logs=False,
+        retries=2,
+        retry_delay=timedelta(seconds=5),
+        trigger_rule="all_done",
+        doc_md="Look at the newest windows beside what the champion was made from, and say what kind of change they "
+        "show. It runs after a failure as well: data that is refused is a fault that somebody must be told of.",
+    )
+    def act(ingested: dict[str, Any] | None, validated: dict[str, Any] | None) -> dict[str, Any]:
+        from evergreen.loop import monitor  # numpy: every parse of a DAG would pay for it
+
+        run = current_run(pack.name, get_current_context(), "watch")
+        watched = monitor.monitor(
+            run,
+            Ingested.model_validate(ingested) if ingested else None,
+            Validated.model_validate(validated) if validated else None,
+        )
+        monitor.tell(run.settings, watched, run.settings.url or conf.get("api", "base_url"))
+        return watched.model_dump(mode="json", exclude={"evidence"})
+
+    def build(**values: Any) -> Any:
+        looked = act(**values)
+        looked.operator.operator_extra_links = (ReportLink(),)
+        return looked
+
+    return build
+
+
+class ReportLink(BaseOperatorLink):
+    """From the task to the page that it wrote."""
+
+    name = "Drift report"
+
+    def get_link(self, operator: Any, *, ti_key: Any) -> str:
+        """The page's address on this Airflow."""
+        within = urlsplit(conf.get("api", "base_url", fallback="")).path.rstrip("/")
+        pack = operator.dag_id.removesuffix("__monitor")
+        return f"{within}/evergreen/drift/{pack}/{quote(ti_key.run_id, safe='')}"
+
+
+def current_run(pack_name: str, context: Any, kind: Literal["run", "watch"] = "run") -> Run:
     """The run that an Airflow task belongs to."""
     settings = Settings.from_env()
     dag_run, params = context["dag_run"], context["params"]
@@ -79,4 +126,5 @@ def current_run(pack_name: str, context: Any) -> Run:
         scheduled=scheduled,
         reason=params.get("reason") or REASONS.get(run_type, "a person asked"),
         force=bool(params.get("force")),
+        kind=kind,
     )

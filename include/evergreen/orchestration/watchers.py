@@ -1,0 +1,63 @@
+"""The inbox's bell: an Airflow trigger that wakes the admission DAG while alerts are due."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
+
+from airflow.triggers.base import BaseEventTrigger, TriggerEvent
+
+from evergreen import database as db
+from evergreen.settings import Settings
+
+POLL_S = 0.2
+APART_S = 1.0
+"""How long until it rings for another alert of a pack that it has just rung for."""
+AGAIN_S, AGAIN_AT_MOST_S = 2.0, 60.0
+"""How long until it rings again for what stays due, at first and in the end; doubled from ring to ring."""
+
+
+class InboxBell(BaseEventTrigger):
+    """Rings at once for a pack that has an alert due and had none, within a second for one alert more.
+
+    For what stays due it rings less and less often.
+
+    It remembers nothing that matters: restarted, it rings for whatever is due. A database that is away is looked for
+    again at the next poll; alerts that nobody is woken for are found by the admission DAG's cron.
+    """
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        return f"{InboxBell.__module__}.{InboxBell.__qualname__}", {}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """An event with the names of the packs due, whenever the bell rings; for ever."""
+        known: dict[str, int] = {}
+        rung_at, wait, away = 0.0, AGAIN_S, False
+        while True:
+            try:
+                due = await asyncio.to_thread(_due)
+                away = False
+            except Exception as error:  # noqa: BLE001 -- whatever keeps it from looking, Airflow would not start it again
+                due = {}
+                if not away:
+                    self.log.warning("the inbox cannot be read, and is looked at again until it can: %s", error)
+                away = True
+            quiet = time.monotonic() - rung_at
+            new = due.keys() - known.keys() or (quiet >= APART_S and due.items() - known.items())
+            if new or (due and quiet >= wait):
+                wait = AGAIN_S if new else min(2 * wait, AGAIN_AT_MOST_S)
+                rung_at, known = time.monotonic(), due
+                yield TriggerEvent({"packs": sorted(due)})
+            else:
+                known = {pack: position for pack, position in known.items() if pack in due}
+            await asyncio.sleep(POLL_S)
+
+
+def _due() -> dict[str, int]:
+    # Imported here: the DAG processor reads this module every few seconds, and looks at no inbox.
+    from evergreen.triggers import inbox
+
+    return inbox.newest_due(db.connect(Settings.from_env().database_url), datetime.now(UTC))

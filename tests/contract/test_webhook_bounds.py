@@ -1,0 +1,132 @@
+"""What hostile bodies cost the server: measured on a process of its own, by its clock and its largest memory."""
+
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+SERVER = """
+import json, sys, time
+from pathlib import Path
+from tests.served import Served
+from evergreen.triggers import webhook
+webhook.READ_WITHIN_S = 2.0
+with Served(Path(sys.argv[1])).running() as served:
+    print(json.dumps({"port": served.port, "token": served.token}), flush=True)
+    sys.stdin.read()
+"""
+
+
+class Apart:
+    """The server, in a process of its own; a body may take two seconds."""
+
+    def __init__(self, process):
+        self.process = process
+        told = json.loads(process.stdout.readline())
+        self.port, self.token = told["port"], told["token"]
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False)
+
+    def post(self, body):
+        """Status and seconds."""
+        headers = {"authorization": f"Bearer {self.token}", "content-type": "application/json"}
+        began = time.monotonic()
+        return self.client.post("/alerts/digits", content=body, headers=headers).status_code, time.monotonic() - began
+
+    def peak_mib(self):
+        """The largest resident memory that the process ever had."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+    def grown_mib(self):
+        """By how much that grew since the first alert."""
+        return self.peak_mib() - self.first_peak_mib
+
+    def connection(self, *lines):
+        """A connection with the head of a post sent."""
+        lines = ("POST /alerts/digits HTTP/1.1", "host: x", f"authorization: Bearer {self.token}", *lines)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall("\r\n".join((*lines, "content-type: application/json", "", "")).encode())
+        return connection
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    command = [sys.executable, "-c", SERVER, str(tmp_path_factory.mktemp("bounds") / "home")]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root) as process:
+        apart = Apart(process)
+        apart.post(b'{"reason": "what the first alert needs is imported and made"}')
+        apart.first_peak_mib = apart.peak_mib()
+        yield apart
+        apart.client.close()
+        process.stdin.close()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"[" * 100_000, 413),
+        (b"[" * 65_000, 422),
+        (b'{"a":' * 13_000, 422),
+        (b'{"reason": "x", "evidence": {"a": ' + b"9" * 65_000 + b"}}", 422),
+        (b'{"reason": "x", "evidence": {"a": [' + b"0," * 32_000 + b"0]}}", 202),
+        (b'{"reason": "x", "evidence": {"a": "' + b"\\u0041" * 10_000 + b'"}}', 202),
+        (b'{"reason": "x", "evidence": {"a":' + b"[" * 190 + b"0," * 30_000 + b"0" + b"]" * 190 + b"}}", 202),
+        (b'{"version": "4", "alerts": [' + b"{}," * 20_000 + b"{}]}", 422),
+        (b"{" + b",".join(b'"k%x": 1' % number for number in range(5_000)) + b"}", 422),
+    ],
+    ids=[
+        *("too deep and too large", "deep lists", "deep objects", "digits", "many numbers", "escapes"),
+        *("deep and wide", "many wrong alerts", "many unknown fields"),
+    ],
+)
+def test_a_hostile_body_costs_little(server, body, status):
+    """Four at a time, at most four seconds each, and hardly any memory."""
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: server.post(body), range(20)))
+    assert {answer for answer, _ in answers} == {status}
+    assert max(seconds for _, seconds in answers) < 4.0
+    assert server.grown_mib() < 48
+
+
+def test_a_body_without_end_is_not_read_to_its_end(server):
+    """Twenty connections would send 100 MiB each: they are cut off, and memory stays where it was."""
+    chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+
+    def pour(_):
+        sent = 0
+        with server.connection("transfer-encoding: chunked") as connection:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                for _ in range(1600):
+                    connection.sendall(chunk)
+                    sent += len(chunk)
+        return sent
+
+    with ThreadPoolExecutor(20) as pool:
+        assert max(pool.map(pour, range(20))) < 16 * 1024 * 1024  # what the sockets between them hold
+    assert server.grown_mib() < 48
+
+
+def test_bodies_that_dawdle_hold_nobody_up(server):
+    """A hundred connections that never finish: others are answered meanwhile, and they are given up in their time."""
+    slow = [server.connection("content-length: 60000") for _ in range(100)]
+    try:
+        for connection in slow:
+            connection.sendall(b'{"reason": "')
+        began = time.monotonic()
+        assert server.post(b'{"reason": "meanwhile"}')[0] == 202
+        assert all(connection.recv(100).startswith(b"HTTP/1.1 408") for connection in slow)
+        assert time.monotonic() - began < 15.0
+    finally:
+        for connection in slow:
+            connection.close()
+    assert server.grown_mib() < 48

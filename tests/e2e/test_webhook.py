@@ -1,0 +1,137 @@
+"""The webhook where it lives: on Airflow's real API server, which asks for a token everywhere else."""
+
+import json
+import socket
+import time
+
+import httpx
+import pytest
+from tests.api_server import ApiServer
+
+from evergreen import database as db
+from evergreen.errors import AlertError
+from evergreen.triggers import senders, signatures
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROUTES = """
+import json, sys
+from airflow.api_fastapi.app import create_app
+from starlette.routing import Mount
+
+def routes(app, prefix):
+    for route in app.routes:
+        if isinstance(route, Mount) and route.routes:
+            yield from routes(route, prefix + route.path)
+        else:
+            for method in sorted(getattr(route, "methods", None) or ["GET"]):
+                yield [method, prefix + route.path]
+
+found = [route for route in routes(create_app(), "") if route[1].startswith("/evergreen")]
+heavy = {"torch", "mlflow", "great_expectations", "dvc", "polars", "pandas"} & set(sys.modules)
+print("\\n" + json.dumps({"routes": found, "heavy": sorted(heavy)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Airflow asks for users and passwords here, as where it is not on loopback."""
+    home = tmp_path_factory.mktemp("webhook") / "home"
+    with ApiServer(home, AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS="False").running() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def mounted(server):
+    """What Airflow's app has mounted under /evergreen, and which heavy modules the making of it imported."""
+    return json.loads(server.python(ROUTES).splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def token(server):
+    """A token of Airflow's own."""
+    file = server.settings.home / "airflow" / "simple_auth_manager_passwords.json.generated"
+    (user, password), *_ = json.loads(file.read_text(encoding="utf-8")).items()
+    answer = httpx.post(f"{server.url}/auth/token", json={"username": user, "password": password}, trust_env=False)
+    return answer.json()["access_token"]
+
+
+def asked(server, method, path, token=None):
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    return httpx.request(method, server.url + path.replace("{pack}", "digits"), headers=headers, trust_env=False)
+
+
+def kept(server):
+    return db.connect(server.settings.database_url).events("digits", kind="alert")
+
+
+def test_every_route_but_the_webhook_asks_for_airflows_token(server, mounted, token):
+    """All that is mounted is tried; with the token it answers."""
+    others = [route for route in mounted["routes"] if route != ["POST", "/evergreen/alerts/{pack}"]]
+    assert ["GET", "/evergreen/metrics"] in others
+    assert len(others) == len(mounted["routes"]) - 1
+    assert {asked(server, *route).status_code for route in others} <= {401, 403}
+    assert asked(server, "GET", "/evergreen/metrics", token).status_code == 200
+
+
+def test_the_webhook_takes_no_token_of_airflows(server, token):
+    """Nor nothing at all: who may use Airflow is no sender for that."""
+    assert asked(server, "POST", "/evergreen/alerts/digits", token).status_code == 401
+    assert asked(server, "POST", "/evergreen/alerts/digits").status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/evergreen/docs", "/evergreen/redoc", "/evergreen/openapi.json"])
+def test_no_page_describes_it(server, path):
+    """To nobody."""
+    assert asked(server, "GET", path).status_code == 404
+
+
+def test_the_api_server_imports_none_of_the_heavy_libraries(mounted):
+    """It has better things to do with its memory."""
+    assert mounted["heavy"] == []
+
+
+def test_a_signed_alert_is_kept(server):
+    """By the client that `evergreen alert` uses; the same id again is the same alert."""
+    answer = signatures.post(server.url, "digits", server.secret, {"reason": "drift"}, id="one")
+    assert signatures.post(server.url, "digits", server.secret, {"reason": "drift"}, id="one") == answer
+    assert [alert.key for alert in kept(server) if alert.body["sender_id"] == "one"] == [answer["alert"]]
+
+
+def test_a_sender_made_while_it_runs_is_known_at_once(server):
+    """By its token, and no longer when that was rotated out."""
+    path = server.settings.senders
+    first = senders.add(path, "grafana", "bearer")
+
+    def status(secret):
+        headers = {"authorization": f"Bearer {secret}", "content-type": "application/json"}
+        return httpx.post(
+            f"{server.url}/evergreen/alerts/digits", content=b'{"reason": "x"}', headers=headers, trust_env=False
+        ).status_code
+
+    assert status(first) == 202
+    for _ in range(2):
+        senders.add(path, "grafana", "bearer", rotate=True)
+    assert status(first) == 401
+
+
+def test_a_refusal_is_in_the_servers_log(server):
+    """With its reason, without the secret."""
+    with pytest.raises(AlertError, match="422: reason: is missing"):
+        signatures.post(server.url, "digits", server.secret, {})
+    log = server.log.read_text(encoding="utf-8")
+    assert "refused an alert for 'digits' from evergreen: 422: reason: is missing" in log
+    assert server.secret not in log
+
+
+def test_bodies_are_bounded_behind_airflows_own_layers(server):
+    """Too large is cut off while it comes; too slow is given up after ten seconds."""
+    where = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    head = b"POST /evergreen/alerts/digits HTTP/1.1\r\nhost: x\r\n"
+    with socket.create_connection(where, timeout=60) as large, socket.create_connection(where, timeout=60) as slow:
+        slow.sendall(head + b'content-length: 20\r\n\r\n{"reason"')
+        began = time.monotonic()
+        large.sendall(head + b"transfer-encoding: chunked\r\n\r\n" + (b"8000\r\n" + b"x" * 0x8000 + b"\r\n") * 3)
+        assert large.recv(100).startswith(b"HTTP/1.1 413")
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+        assert 9 < time.monotonic() - began < 30
