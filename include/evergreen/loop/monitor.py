@@ -1,0 +1,413 @@
+"""The monitor: the newest windows beside what the champion was made from; what kind of change it is, and what follows.
+
+`ingest → validate → monitor`, by the chain's own first two stages. What a look found is an event of kind `drift`, a
+function of its key like a stage's value. Only a shift follows from it into the loop: as an alert, signed and posted as
+anybody's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from evergreen import database as db
+from evergreen import errors, looks
+from evergreen.data.store import Store
+from evergreen.errors import EvaluationError, RegistryError
+from evergreen.evaluation import metrics, significance
+from evergreen.keys import perform, recorded
+from evergreen.looks import PROFILE, REFERENCE, Reference
+from evergreen.monitoring.drift import Drift, Kind, Performance, Triage, compare, triage
+from evergreen.pack import DriftRules, Pack
+from evergreen.registry.models import ModelVersion, Registry
+from evergreen.run import Ingested, Manifest, Ref, Run, Validated, Value, Window, Windows, digest, period_name
+from evergreen.settings import Settings
+from evergreen.triggers import senders, signatures
+from evergreen.work import manifest_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+
+    from evergreen.monitoring.profiles import Profile
+
+log = logging.getLogger("evergreen")
+
+KIND: Literal["drift"] = "drift"
+"""The kind of the event that a look leaves."""
+YEAR = timedelta(days=365)
+WINDOWS = 12
+"""Most windows of a look, where the rules do not ask for more."""
+REASON, FINGERPRINT = 500, 200
+"""How long an alert's reason and fingerprint may be."""
+PACKAGE = Path(__file__).parents[1]
+
+
+class Watched(Value):
+    """What a look found, and what it rests on."""
+
+    pack: str
+    as_of: datetime
+    champion: int | None
+    """The version that was watched."""
+    kind: Kind | None
+    """None: nothing could be compared; the reasons say why."""
+    reasons: tuple[str, ...]
+    evidence: dict[str, Any] = Field(default_factory=dict)
+    windows: tuple[Window, ...] = ()
+    """The oldest first."""
+    columns: tuple[str, ...] = ()
+    """What the newest window violates, by column; of the model as a whole, `performance`."""
+    report: Ref | None = None
+    """JSON: everything that was measured."""
+    page: Ref | None = None
+    """The same as one HTML page."""
+    profile: Ref | None = None
+    """Of the newest window: next year it is the season before."""
+
+    def summary(self) -> str:
+        return f"{self.kind or 'not compared'}: {self.reasons[0]}"
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version in use, and what it was made from."""
+
+    version: ModelVersion
+    model: Ref
+    seen: Window
+    """The rows it learned from, or chose by: it is not scored on them."""
+    profile: Profile
+    reference: Reference
+
+    @classmethod
+    def of(cls, registry: Registry, version: ModelVersion) -> Champion | None:
+        """None for a version without a profile: one that was registered before there were any, or by hand."""
+        from evergreen.monitoring.profiles import Profile
+
+        files = [registry.artifact(version.name, version.version, path) for path in (PROFILE, REFERENCE)]
+        if version.model_hash is None or files[0] is None or files[1] is None:
+            return None
+        windows = Windows.model_validate(registry.lineage(version.name, version.version)["windows"])
+        return cls(
+            version=version,
+            model=looks.model_of(version),
+            seen=Window(start=windows.train.start, end=windows.validation.end),
+            profile=Profile.from_bytes(files[0]),
+            reference=Reference.model_validate_json(files[1]),
+        )
+
+
+class Watcher:
+    """Windows of a manifest beside a champion; every partition is scored and profiled once."""
+
+    def __init__(self, run: Run, store: Store, champion: Champion, manifest: Manifest, rules: DriftRules) -> None:
+        self.run, self.store, self.champion, self.manifest, self.rules = run, store, champion, manifest, rules
+        self._known: dict[Window, tuple[Profile, Drift]] = {}
+        self._predictions: dict[str, np.ndarray] = {}
+        self._usual = [
+            each for each in champion.reference.usual if abs((each.end - each.start) - rules.window) < timedelta(days=1)
+        ]
+
+    def windows(self, as_of: datetime) -> list[Window]:
+        """The newest windows at `as_of`, the oldest first; at least one, whatever there is to see in it.
+
+        Those that the rules ask for, and up to `WINDOWS` more that the champion has not seen: by them, what changed at
+        once is told from what changed by steps.
+        """
+        start = self.manifest.covered.start if self.manifest.covered else as_of
+        found = looks.windows_back(as_of, self.rules, self.run.pack.data, min(start, as_of - self.rules.window))
+        more = [window for window in found[self.rules.of : WINDOWS] if window.start >= self.champion.seen.end]
+        return [*reversed(more), *reversed(found[: self.rules.of])]
+
+    def score(self, windows: Sequence[Window]) -> None:
+        """Have the champion's predictions for all rows of `windows` that it has not seen, by one job.
+
+        Raises EvaluationError where the champion cannot predict them: without, they are looked at all the same.
+        """
+        parts = {
+            part.identity: part
+            for window in windows
+            if not window.overlaps(self.champion.seen)
+            for part in self.manifest.within(window)
+        }
+        self._predictions = looks.predictions(self.run, self.store, self.champion.model, list(parts.values()))
+
+    def drift(self, window: Window) -> Drift:
+        """The window beside what the champion was made from."""
+        return self._look(window)[1]
+
+    def profile(self, window: Window) -> Profile:
+        return self._look(window)[0]
+
+    def season(self, window: Window, before: Profile) -> Drift:
+        """The window beside the same season before."""
+        return compare(before, self.profile(window), self.rules, self.run.pack.data)
+
+    def _look(self, window: Window) -> tuple[Profile, Drift]:
+        if window not in self._known:
+            scored = {} if window.overlaps(self.champion.seen) else self._predictions
+            classes = self.champion.reference.classes
+            profile = looks.profile_of(self.run, self.store, window, self.manifest, scored, classes)
+            drift = compare(
+                self.champion.profile,
+                profile,
+                self.rules,
+                self.run.pack.data,
+                usual=self._usual,
+                performance=self._performance(window, scored),
+            )
+            self._known[window] = (profile, drift)
+        return self._known[window]
+
+    def _performance(self, window: Window, scored: dict[str, np.ndarray]) -> Performance | None:
+        """The champion's figure on the window's rows whose labels have arrived; None where it has none."""
+        import numpy as np
+
+        pack, reference = self.run.pack, self.champion.reference
+        truths, predicted, clusters = [], [], []
+        for place, part in enumerate(part for part in self.manifest.within(window) if part.identity in scored):
+            column = self._target(part.object)
+            there = (
+                column.is_not_null() & column.is_not_nan() if column.dtype.is_float() else column.is_not_null()
+            ).to_numpy()
+            truths.append(column.filter(there).to_numpy())
+            predicted.append(scored[part.identity][there])
+            clusters.append(np.full(int(there.sum()), place))
+        truth = np.concatenate(truths) if truths else np.empty(0)
+        if not len(truth):
+            return None
+        _, partition = np.unique(np.concatenate(clusters), return_inverse=True)
+        if pack.data.task != "regression" and len(np.unique(truth)) < 2:
+            return None
+        rows = metrics.Rows.of(pack.data.task, truth, np.concatenate(predicted), partition, reference.classes)
+        return Performance(
+            metric=reference.metric,
+            reference=reference.figure,
+            window=significance.estimate(rows, reference.metric, pack.gate.primary.confidence),
+            less_is_better=metrics.direction(reference.metric) < 0,
+            chance=0.5 if reference.metric == "roc_auc" else None,
+        )
+
+    def _target(self, ref: Ref) -> pl.Series:
+        import polars as pl
+
+        target = self.run.pack.data.target
+        return pl.read_parquet(self.store.path(ref), columns=[target])[target]
+
+
+@recorded
+def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) -> Watched:
+    """Look at the newest windows, say what kind of change they show, and write the report.
+
+    What `ingest` or `validate` refused is itself a fault of the data: None stands for what they did not give. Where they
+    failed for another reason, nothing is compared.
+    """
+    pack, store, registry = run.pack, Store(run.settings), Registry(run.settings)
+    rules = pack.triggers.drift or DriftRules()
+    refused, failed = _went_wrong(run, ingested, validated)
+    champion = registry.champion(pack.name)
+    seen = validated or ingested
+    before = _year_before(run, store, rules)
+
+    def act() -> Watched:
+        plain: dict[str, Any] = {
+            "pack": pack.name,
+            "as_of": run.as_of,
+            "champion": champion.version if champion else None,
+        }
+        if failed is not None:
+            return Watched(**plain, kind=None, reasons=(failed,))
+        known = Champion.of(registry, champion) if champion else None
+        if known is None or seen is None:
+            if refused is not None:
+                return Watched(**plain, kind="data fault", reasons=(refused,))
+            return Watched(**plain, kind=None, reasons=(_unwatched(pack, champion),))
+        watcher = Watcher(run, store, known, manifest_of(store, seen.manifest), rules)
+        windows = watcher.windows(run.as_of)
+        try:
+            watcher.score(windows)
+            unscored = None
+        except EvaluationError as error:
+            unscored = f"version {plain['champion']} cannot predict these rows: {error.what}"
+        history = [watcher.drift(window) for window in windows]
+        season = watcher.season(windows[-1], before[1]) if before else None
+        found = triage(history, rules, season)
+        faults = tuple(each for each in (refused, unscored) if each is not None)
+        if faults:
+            reasons = found.reasons if found.kind == "data fault" else ()
+            found = Triage(kind="data fault", reasons=(*reasons, *faults), evidence=found.evidence)
+        return Watched(
+            **plain,
+            kind=found.kind,
+            reasons=found.reasons,
+            evidence=found.evidence,
+            windows=tuple(windows),
+            columns=tuple(sorted({each.column or each.kind for each in history[-1].violated})),
+            **_report(run, store, registry, known, rules, found, history, watcher.profile(windows[-1])),
+        )
+
+    return perform(
+        run,
+        "monitor",
+        kind=KIND,
+        result=Watched,
+        inputs={
+            "data": seen.manifest.hash if seen else None,
+            "as_of": run.as_of.isoformat(),
+            "champion": [champion.version, champion.model_hash] if champion else None,
+            "refused": refused,
+            "failed": failed,
+            "season": before[0].hash if before else None,
+        },
+        parameters={"rules": rules.model_dump(mode="json"), "confidence": pack.gate.primary.confidence},
+        code=tuple(
+            PACKAGE / name for name in ("loop/monitor.py", "looks.py", "work.py", "runner.py", "evaluation/metrics.py")
+        )
+        + tuple(PACKAGE.glob("monitoring/*.py")),
+        act=act,
+        outputs=lambda value: [ref for ref in (value.report, value.page, value.profile) if ref is not None],
+        intact=store.verify,
+    )
+
+
+def backwards(run: Run, manifest: Manifest, as_ofs: Sequence[datetime]) -> list[tuple[Triage, Drift]]:
+    """What the monitor would have said at each of `as_ofs`, with today's champion and rules; the newest window of each.
+
+    `manifest` holds their windows. Raises RegistryError where there is no champion to compare with.
+    """
+    pack, store, registry = run.pack, Store(run.settings), Registry(run.settings)
+    rules = pack.triggers.drift or DriftRules()
+    version = registry.champion(pack.name)
+    known = Champion.of(registry, version) if version else None
+    if known is None:
+        raise RegistryError(_unwatched(pack, version), fix=f"evergreen run {pack.name}")
+    watcher = Watcher(run, store, known, manifest, rules)
+    looked = [watcher.windows(as_of) for as_of in as_ofs]
+    watcher.score([window for windows in looked for window in windows])
+    found = []
+    for windows in looked:
+        newest = windows[-1]
+        then = Window(start=newest.start - YEAR, end=newest.end - YEAR)
+        reaches = manifest.covered is not None and manifest.covered.start <= then.start
+        season = watcher.season(newest, watcher.profile(then)) if reaches else None
+        drifts = [watcher.drift(window) for window in windows]
+        found.append((triage(drifts, rules, season), drifts[-1]))
+    return found
+
+
+def alert_of(watched: Watched) -> tuple[str, dict[str, Any]] | None:
+    """The alert that follows from a look: its id, by which a repeat is the same alert, and its message; None: none."""
+    if watched.kind != "shift":
+        return None
+    told, about = "; ".join(watched.reasons[:2]), " ".join(("drift", *watched.columns))
+    message = {
+        "reason": told if len(told) <= REASON else f"{told[: REASON - 1]}…",
+        "as_of": watched.as_of.isoformat(),
+        "evidence": watched.evidence,
+        "fingerprint": about if len(about) <= FINGERPRINT else f"drift {digest(watched.columns)}",
+    }
+    window = watched.windows[-1].end.isoformat()
+    return f"drift-{digest([watched.pack, watched.champion, window])[:20]}", message
+
+
+def tell(settings: Settings, watched: Watched, address: str) -> None:
+    """Post the alert that follows from a look to Evergreen's webhook, and let the log say what a person must see to.
+
+    Told twice, it is one alert: the webhook knows it by its id. Raises AlertError, SendersError.
+    """
+    if watched.kind == "data fault":
+        log.error("%s: data fault: %s; a person looks, nothing is retrained", watched.pack, "; ".join(watched.reasons))
+    if (alert := alert_of(watched)) is not None:
+        name, message = alert
+        secret = senders.own_secret(settings, senders.MONITOR)
+        answer = signatures.post(address, watched.pack, secret, message, id=name)
+        log.info("%s: %s kept: %s", watched.pack, answer["alert"], message["reason"])
+
+
+def page_of(settings: Settings, pack: str, run_id: str) -> bytes | None:
+    """The HTML page that a run of the monitor wrote, or found written; None where there is none."""
+    watched = watched_by(settings, pack, run_id)
+    return Store(settings).read_bytes(watched.page) if watched is not None and watched.page is not None else None
+
+
+def watched_by(settings: Settings, pack: str, run_id: str) -> Watched | None:
+    """What a run of the monitor found, by Airflow's id of it or ours."""
+    database = db.connect(settings.database_url)
+    for event in database.events(pack, run_id=run_id, newest_first=True):
+        if event.kind in (KIND, "receipt") and event.body["stage"] == "monitor":
+            found = event if event.kind == KIND else database.latest(pack, kind=KIND, key=event.key)
+            return Watched.model_validate(found.body["value"]) if found is not None else None
+    return None
+
+
+def _went_wrong(run: Run, ingested: Ingested | None, validated: Validated | None) -> tuple[str | None, str | None]:
+    """What the stage before refused of the data; or why else it failed, of which the data know nothing."""
+    if validated is not None:
+        return None, None
+    stage = "validate" if ingested is not None else "ingest"
+    for event in db.connect(run.settings.database_url).events(run.pack.name, run_id=run.id, newest_first=True):
+        if event.kind == "failure" and event.body["stage"] == stage:
+            what = str(event.body["what"])
+            error = getattr(errors, event.body["error"], Exception)
+            refused = issubclass(error, errors.SourceError | errors.ValidationError)
+            return (what, None) if refused else (None, f"{stage} failed: {what}")
+    return None, f"{stage} did not come to an end"
+
+
+def _unwatched(pack: Pack, champion: ModelVersion | None) -> str:
+    if champion is None:
+        return f"{pack.name} has no champion yet: there is nothing to compare with"
+    return (
+        f"version {champion.version} is champion and has no profile, having been registered before there were any: "
+        "the next version will have one"
+    )
+
+
+def _year_before(run: Run, store: Store, rules: DriftRules) -> tuple[Ref, Profile] | None:
+    """The profile of the newest window that a look saw a year ago, give or take half a window."""
+    from evergreen.monitoring.profiles import Profile
+
+    then = run.as_of - YEAR
+    found: list[tuple[timedelta, Ref]] = []
+    for event in db.connect(run.settings.database_url).events(run.pack.name, kind=KIND, newest_first=True):
+        value = event.body["value"]
+        away = abs(datetime.fromisoformat(value["as_of"]) - then)
+        if value["profile"] is not None and away <= rules.window / 2:
+            found.append((away, Ref.model_validate(value["profile"])))
+    for _, ref in sorted(found, key=lambda each: each[0]):
+        if store.verify(ref):
+            return ref, Profile.from_bytes(store.read_bytes(ref))
+    return None
+
+
+def _report(
+    run: Run,
+    store: Store,
+    registry: Registry,
+    champion: Champion,
+    rules: DriftRules,
+    found: Triage,
+    history: Sequence[Drift],
+    window: Profile,
+) -> dict[str, Ref]:
+    """The report as JSON and as a page, and the window's profile: in the store; the page on the champion's run, too."""
+    from evergreen.monitoring import report
+
+    pack = run.pack
+    page = report.page(pack.name, found, history, rules, champion.profile, window)
+    refs = {
+        "report": store.put_bytes(report.to_json(pack.name, found, history).encode()),
+        "page": store.put_bytes(page.encode()),
+        "profile": store.put_bytes(window.to_bytes()),
+    }
+    store.push(refs.values())
+    name = period_name(run.as_of, pack.data.partition)
+    registry.attach(pack.name, champion.version.version, f"drift/{name}.html", page)
+    return refs

@@ -1,0 +1,667 @@
+"""Drift: two profiles and the pack's rules in, what moved and by how much out; then what kind of change it is. Pure.
+
+What is measured, per column, from sketches alone. p and q are the shares of reference and window in the same bins,
+n and m their known rows; the bins are the reference's deciles, or its values (the rare ones together):
+
+    PSI           Σ (q - p) ln(q / p), less its bias: Jeffreys (1946); Siddiqi, "Credit Risk Scorecards", 2006. Half a
+                  row is added to each bin (Jeffreys' prior), so that an empty one is finite.
+    JS            √ of the mean of KL(p ‖ h) and KL(q ‖ h) in bits, h = (p + q) / 2: 0 … 1. Endres, Schindelin, "A new
+                  metric for probability distributions", IEEE Transactions on Information Theory 49(7), 2003
+    Wasserstein   mean |Q(u) - P(u)| of the quantile functions, in standard deviations of the reference
+    missing       share of rows without a finite value
+    new           share of rows whose category the reference never saw, less what it had to expect of names not yet
+                  seen: its share of names seen once. Good, "The population frequencies of species", Biometrika 40, 1953
+    outside, far  share of rows beyond the reference's range; beyond it by half its width
+    sentinel      share of rows that hold -1 or ±99…9 out there, with nothing near it: a mark for no value
+    scale         how many times as wide the window's middle nine tenths are
+
+Chance. Where nothing changed, PSI is about (1/n + 1/m) χ² with bins - 1 degrees of freedom: a bias of
+(bins - 1)(1/n + 1/m), and a noise that small windows are full of (Yurdakul, Naranjo, "Statistical properties of the
+population stability index", Journal of Risk Model Validation 14(4), 2020). The bias is subtracted, and a violation is
+past the pack's threshold *and* past what chance leaves at `NOMINAL` over all that is tested in a window together
+(Bonferroni). So is every share. The threshold is an effect size: in large windows it alone decides.
+
+Rows of one hour share its weather, and days differ: chance reaches further than that. So what is usual may be handed in:
+windows from the reference's own time beside the reference. A move is past the furthest of them, too, and missing values
+count from the most of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, Literal
+
+from evergreen.pack import Data, DriftRules
+from evergreen.run import Estimate, Value, count
+
+if TYPE_CHECKING:
+    from evergreen.monitoring.profiles import ColumnProfile, Floats, Profile
+
+NOMINAL = 0.01
+"""How often a window in which nothing changed may violate any rule on a distribution."""
+PREDICTION = "prediction"
+"""The name of the column that holds the champion's predictions."""
+
+BINS = 10
+EXPECTED = 5
+"""A bin that expects fewer rows than these is no bin of its own (Cochran, Biometrics 10(4), 1954)."""
+
+MISSING = 0.1
+"""A rise of missing values by this share of all rows is a fault, but in a column that was mostly empty: it speaks by
+being empty."""
+NEW = 0.05
+"""This share of categories never seen before counts as a move."""
+FAR = 0.05
+"""This share of values far beyond the reference's range is a fault."""
+SENTINEL = 0.01
+"""This share of rows that hold a mark for no value is a fault."""
+SENTINELS = frozenset({-1.0, *(sign * (10.0**digits - 1) for digits in range(2, 10) for sign in (1, -1))})
+APART = 0.1
+"""A mark is as far as this share of the reference's range from it and from all other values, or farther."""
+SCALE = 1.4
+"""The same shape at so many times the scale is another unit; where values lie on both sides of zero, so that the scale
+alone speaks, `SCALE_AROUND_ZERO` times."""
+SCALE_AROUND_ZERO = 5.0
+RENAMED = 0.05
+"""A category of at least this share that vanishes as another of its size appears has been renamed."""
+PACE = 0.1
+"""Rows arriving at less than this of the reference's pace are a source that stopped."""
+EVIDENCE = 50
+"""Most violations that an alert carries, the gravest first: an inbox takes 64 KiB."""
+
+Role = Literal["feature", "target", "prediction"]
+Kind = Literal["data fault", "seasonal", "withstood", "shift", "quiet"]
+
+ACTIONS: dict[Kind, str] = {
+    "data fault": "a person looks; no retraining",
+    "seasonal": "hold",
+    "withstood": "watch",
+    "shift": "alert",
+    "quiet": "nothing",
+}
+
+
+class Performance(Value):
+    """The champion's figure when it was promoted, and on the window whose labels have arrived."""
+
+    metric: str
+    reference: Estimate
+    window: Estimate
+    less_is_better: bool = False
+    chance: float | None = None
+    """What a model that knows nothing scores: 0.5 for ROC-AUC; None where that is no fixed figure."""
+
+    @property
+    def drop(self) -> Estimate:
+        """By how much it is worse now, with the interval of a difference of two independent figures.
+
+        Bounds by the method of variance estimates recovery (Zou, Donner, Statistics in Medicine 27(10), 2008); none
+        where a figure has none.
+        """
+        value = self.reference.value - self.window.value
+        before, now = _reach(self.reference), _reach(self.window)
+        if self.less_is_better:
+            value, before, now = -value, now, before
+        if before is None or now is None:
+            return Estimate(value=value)
+        low, high = value - math.hypot(before[0], now[1]), value + math.hypot(before[1], now[0])
+        return Estimate(value=value, low=low, high=high)
+
+
+def _reach(estimate: Estimate) -> tuple[float, float] | None:
+    """How far the interval reaches below and above the value; None where there is none."""
+    if estimate.low is None or estimate.high is None:
+        return None
+    return estimate.value - estimate.low, estimate.high - estimate.value
+
+
+class Finding(Value):
+    """A rule that a window violates."""
+
+    kind: Literal["fault", "feature", "target", "prediction", "performance"]
+    column: str | None
+    """None where it is about the window as a whole, or the model."""
+    measure: str
+    """`psi`, `new`, `drop`; of a fault `missing`, `range`, `sentinel`, `unit`, `renamed`, `type`, `gone`, `rows`, `stale`
+    or `labels`."""
+    value: float
+    limit: float
+    sentence: str
+
+    @property
+    def rule(self) -> tuple[str, str | None, str]:
+        """What it violates: the same in every window that does."""
+        return self.kind, self.column, self.measure
+
+
+class ColumnDrift(Value):
+    """One column of the window beside the reference. None: it has no such measure, or too few rows to say."""
+
+    name: str
+    role: Role
+    kind: str
+    rows: int
+    """With a value."""
+    psi: float | None = None
+    """Less its bias; never below zero."""
+    noise: float | None = None
+    """What chance alone may leave of `psi`."""
+    usual: float | None = None
+    """The largest `psi` of windows from the reference's own time; None where none was handed in."""
+    js: float | None = None
+    wasserstein: float | None = None
+    missing: float
+    missing_before: float
+    """Of the reference; or of the window within its time that missed most."""
+    new: float | None = None
+    outside: float | None = None
+    far: float | None = None
+    sentinel: float | None = None
+    scale: float | None = None
+
+
+class Drift(Value):
+    """A window beside the reference: what was measured, and what it violates."""
+
+    start: datetime
+    end: datetime
+    rows: int
+    reference_start: datetime
+    reference_end: datetime
+    reference_rows: int
+    columns: tuple[ColumnDrift, ...]
+    added: tuple[str, ...] = ()
+    """Columns that the reference does not have; they are not compared."""
+    model_age_days: float
+    """From the end of the reference to the end of the window."""
+    newest_row_days: float | None
+    """How long before the end of the window its newest row is; None where that is not known."""
+    performance: Performance | None = None
+    violated: tuple[Finding, ...] = ()
+
+    @cached_property
+    def rules(self) -> frozenset[tuple[str, str | None, str]]:
+        """The rules that this window violates."""
+        return frozenset(each.rule for each in self.violated)
+
+
+class Triage(Value):
+    """What kind of change the newest windows show, and why."""
+
+    kind: Kind
+    reasons: tuple[str, ...]
+    """In plain words; the first is the headline."""
+    evidence: dict[str, Any]
+    """What an alert carries: the newest window, and what it violates."""
+
+    @property
+    def action(self) -> str:
+        """What follows from the kind."""
+        return ACTIONS[self.kind]
+
+
+def compare(
+    reference: Profile,
+    window: Profile,
+    rules: DriftRules,
+    data: Data,
+    *,
+    usual: Sequence[Drift] = (),
+    performance: Performance | None = None,
+) -> Drift:
+    """The window beside the reference, by the pack's rules.
+
+    Both hold the pack's columns, the predictions under `PREDICTION`, and the target where its labels have arrived.
+    `usual`: windows of this length from the reference's own time, beside the reference. `performance`: the champion's
+    figures, where labels have arrived.
+    """
+    roles: dict[str, Role] = {data.target: "target", PREDICTION: "prediction"}
+    pairs = [(before, window.columns[name]) for name, before in reference.columns.items() if name in window.columns]
+    chance = NOMINAL / (3 * len(pairs) + 1)  # of each column psi, missing, and new or far; of the window its rows
+    columns: list[ColumnDrift] = []
+    findings = [*_arrival(reference, window, data, chance)]
+    for before, now in pairs:
+        column = _column(before, now, roles.get(now.name, "feature"), chance, usual)
+        columns.append(column)
+        findings += _violations(before, now, column, rules, chance)
+    gone = [name for name in reference.columns if name not in window.columns and name not in roles]
+    findings += [_fault(name, "gone", 1, 0, f"{name} is gone: the window has no such column") for name in gone]
+    if performance is not None:
+        findings += _performance(performance, rules)
+    order = ("fault", "performance", "target", "prediction", "feature")
+    findings.sort(key=lambda each: (order.index(each.kind), -each.value / (each.limit or 1)))
+    return Drift(
+        start=window.start,
+        end=window.end,
+        rows=window.rows,
+        reference_start=reference.start,
+        reference_end=reference.end,
+        reference_rows=reference.rows,
+        columns=tuple(columns),
+        added=tuple(name for name in window.columns if name not in reference.columns),
+        model_age_days=_days(reference.end, window.end),
+        newest_row_days=_silence(window, data),
+        performance=performance,
+        violated=tuple(findings),
+    )
+
+
+def triage(history: Sequence[Drift], rules: DriftRules, season: Drift | None = None) -> Triage:
+    """What kind of change the newest windows show, oldest first, all against the same champion.
+
+    `season`: the newest window beside the same season before, where the history has it. A move is confirmed where the
+    newest window and M of the newest N show it in the same column; a drop, where those with labels do. Of a window with
+    a fault, only the fault counts. The first line that holds decides:
+
+        data fault   the newest window has a fault: nulls, types, renamed categories, a unit, values far out of range, a
+                     source that stopped, labels turned round. A unit or a range that got there by steps is a move
+        shift        performance has dropped
+        quiet        no move is confirmed
+        seasonal     no column that moved is other than in the same season before
+        shift        the target moved and the predictions did not move with it
+        withstood    the windows that moved and have labels show on average no drop past the pack's rule, proven or not
+        shift        no such labels yet, and the predictions moved, or there are none
+        withstood    no such labels yet, and the predictions did not move
+    """
+    if not history:
+        return Triage(kind="quiet", reasons=("no window has been looked at yet",), evidence={})
+    newest = history[-1]
+    faults = _faults(history)
+    sound = [each for place, each in enumerate(history, 1) if not _faults(history[:place])]
+    recent = sound[-rules.of :]
+    labelled = [each for each in sound if each.performance is not None][-rules.of :]
+    moves = [each for each in newest.violated if each.kind in ("feature", "target", "prediction")]
+    drops = [each for each in (labelled[-1].violated if labelled else ()) if each.kind == "performance"]
+    moved = [each for each in moves if _seen(recent, each) >= rules.seen]
+    dropped = [each for each in drops if _seen(labelled, each) >= rules.seen]
+    columns = {each.column for each in moved}
+    told = [each.performance for each in recent if each.performance and any(move.rule in each.rules for move in moved)]
+    held = told and sum(each.drop.value for each in told) / len(told) <= rules.performance.drop
+    predicted = _reading(newest, PREDICTION)
+    unconfirmed = [(recent, each) for each in moves if _seen(recent, each) < rules.seen]
+    unconfirmed += [(labelled, each) for each in drops if _seen(labelled, each) < rules.seen]
+
+    kind: Kind
+    if faults:
+        kind, head = "data fault", [each.sentence for each in faults]
+        moved, unconfirmed = [], []
+    elif dropped:
+        kind, head = "shift", [_in_windows(labelled, each) for each in dropped]
+    elif not moved:
+        kind, head = "quiet", ["nothing moved further than the pack allows"] if not unconfirmed else []
+    elif season is not None and not any(each.rule in season.rules for each in moved):
+        kind, head = "seasonal", [f"{_named(columns)} moved, as in the same season before, {_span(season)}"]
+    elif any(each.kind == "target" for each in moved) and PREDICTION not in columns:
+        kind, head = "shift", ["the target moved, and the predictions did not move with it"]
+    elif held:
+        kind, head = "withstood", [f"{_named(columns)} moved, and performance held: {_figure(told[-1])}"]
+    elif PREDICTION in columns or predicted is None:
+        what = "the predictions moved" if predicted else f"{_named(columns)} moved, with no predictions to look at"
+        labels = (
+            f"performance may have dropped: {_figure(told[-1])}"
+            if told
+            else "no labels say that the model withstands it"
+        )
+        kind, head = "shift", [f"{what}, and {labels}"]
+    else:
+        kind, head = "withstood", [f"{_named(columns)} moved, and the predictions did not"]
+    reasons = [
+        *head,
+        *(_in_windows(recent, each) for each in moved),
+        *(f"{_in_windows(seen, each)}: not confirmed, that takes {rules.violated}" for seen, each in unconfirmed),
+        *(
+            f"{each.sentence}: it got there by steps, so it is no fault"
+            for each in newest.violated
+            if each.kind == "fault" and each not in faults
+        ),
+    ]
+    return Triage(kind=kind, reasons=tuple(reasons), evidence=_evidence(recent, newest, season))
+
+
+def _faults(history: Sequence[Drift]) -> list[Finding]:
+    """The faults of the newest window: what came at once. What got there by steps is a move.
+
+    A unit that changes does so from one window to the next, and so do values that leave their range by a fault; growth
+    and seasons are seen coming.
+    """
+    return [each for each in history[-1].violated if each.kind == "fault" and _at_once(history, each)]
+
+
+def _at_once(history: Sequence[Drift], fault: Finding) -> bool:
+    without = [place for place, each in enumerate(history) if fault.rule not in each.rules]
+    if fault.measure not in ("unit", "range") or not without:
+        return True
+    readings = [_reading(each, fault.column) for each in history]
+    if fault.measure == "range":
+        before = [each for place in without if (each := readings[place]) is not None]
+        return all((each.outside or 0.0) <= FAR for each in before)
+    last, first = readings[without[-1]], readings[without[-1] + 1]
+    if last is None or first is None or not last.scale or not first.scale:
+        return True
+    return abs(math.log(first.scale / last.scale)) >= math.log(SCALE)
+
+
+def _reading(window: Drift, column: str | None) -> ColumnDrift | None:
+    return next((each for each in window.columns if each.name == column), None)
+
+
+def _seen(windows: Sequence[Drift], finding: Finding) -> int:
+    return sum(finding.rule in each.rules for each in windows)
+
+
+def _in_windows(windows: Sequence[Drift], finding: Finding) -> str:
+    often = f", in {_seen(windows, finding)} of the newest {len(windows)} windows" if len(windows) > 1 else ""
+    return finding.sentence + often
+
+
+def _figure(performance: Performance) -> str:
+    return f"{performance.metric} {performance.window.value:.3f}, {performance.reference.value:.3f} at promotion"
+
+
+def _named(columns: set[str | None]) -> str:
+    names = sorted(name for name in columns if name is not None)
+    return f"{', '.join(names[:5])} and {len(names) - 5} more" if len(names) > 5 else ", ".join(names)
+
+
+def _span(season: Drift) -> str:
+    return f"{season.reference_start:%Y-%m-%d} … {season.reference_end:%Y-%m-%d}"
+
+
+def _evidence(recent: Sequence[Drift], newest: Drift, season: Drift | None) -> dict[str, Any]:
+    """What an alert carries: plain JSON."""
+    evidence: dict[str, Any] = {
+        "window": {"start": newest.start.isoformat(), "end": newest.end.isoformat(), "rows": newest.rows},
+        "reference": {"start": newest.reference_start.isoformat(), "end": newest.reference_end.isoformat()},
+        "violations": len(newest.violated),
+        "violated": [each.model_dump(mode="json", exclude={"sentence"}) for each in newest.violated[:EVIDENCE]],
+        "windows": [
+            {
+                "end": each.end.isoformat(),
+                "violated": sorted({found.column or found.kind for found in each.violated[:EVIDENCE]}),
+            }
+            for each in recent
+        ],
+    }
+    if newest.performance is not None:
+        evidence["performance"] = newest.performance.model_dump(mode="json")
+    if season is not None:
+        evidence["season"] = {"start": season.reference_start.isoformat(), "end": season.reference_end.isoformat()}
+    return evidence
+
+
+def _column(
+    reference: ColumnProfile, window: ColumnProfile, role: Role, chance: float, usual: Sequence[Drift]
+) -> ColumnDrift:
+    """Every measure of one column."""
+    earlier = [each for drift in usual if (each := _reading(drift, window.name)) is not None]
+    found: dict[str, float | None] = {}
+    if reference.kind == window.kind and reference.seen and window.seen:
+        if (bins := _bins(reference, window)) is not None:
+            found["psi"], found["noise"] = _psi(*bins, reference.seen, window.seen, chance)
+            found["usual"] = max((each.psi for each in earlier if each.psi is not None), default=None)
+            found["js"] = _js(*bins)
+        if window.kind == "number":
+            found |= _numbers(reference, window)
+        elif window.kind == "category":
+            found["new"] = _new(reference, window)
+    return ColumnDrift(
+        name=window.name,
+        role=role,
+        kind=window.kind,
+        rows=window.seen,
+        missing=_missing(window),
+        missing_before=max(_missing(reference), *(each.missing for each in earlier), 0.0),
+        **{name: _short(value) for name, value in found.items() if value is not None and math.isfinite(value)},
+    )
+
+
+def _missing(column: ColumnProfile) -> float:
+    return _short(1 - column.seen / column.rows) if column.rows else 0.0
+
+
+def _bins(reference: ColumnProfile, window: ColumnProfile) -> tuple[Floats, Floats] | None:
+    """The shares of both in the same bins, all expecting `EXPECTED` rows or more; None for times and for too few rows."""
+    import numpy as np
+
+    rows = min(reference.seen, window.seen)
+    many = min(BINS, rows // EXPECTED)
+    if many < 2 or window.kind == "time":  # times move on by nature
+        return None
+    if window.kind == "number":
+        edges = np.unique(reference.quantiles(np.arange(1, many) / many))
+        if edges[0] == reference.minimum:  # a value below the one that fills the first bin is another bin
+            edges = np.insert(edges, 0, np.nextafter(edges[0], -np.inf))
+        p, q = (np.diff(each.cdf(edges), prepend=0.0, append=1.0) for each in (reference, window))
+    else:
+        known, now = reference.shares(), window.shares()
+        names = [name for name, share in known.items() if share * rows >= EXPECTED]
+        p, q = (np.array([each.get(name, 0.0) for name in names]) for each in (known, now))
+        p, q = (np.append(each, max(0.0, 1 - each.sum())) for each in (p, q))
+    there = p + q > 1e-9  # what adding up leaves over is no bin
+    return p[there], q[there]
+
+
+def _psi(p: Floats, q: Floats, n: int, m: int, chance: float) -> tuple[float, float]:
+    """PSI less its bias, never below zero; and what is left of it by no more than `chance` where nothing changed."""
+    import numpy as np
+    from scipy.special import chdtri  # scipy.stats would cost 0.7 s of import
+
+    free = len(p) - 1
+    if not free:
+        return 0.0, 0.0
+    p, q = ((each * rows + 0.5) / (rows + len(p) / 2) for each, rows in ((p, n), (q, m)))
+    unit = 1 / n + 1 / m
+    psi = float(np.sum((q - p) * np.log(q / p)))
+    return max(0.0, psi - free * unit), (float(chdtri(free, chance)) - free) * unit
+
+
+def _js(p: Floats, q: Floats) -> float:
+    """Jensen-Shannon distance, 0 … 1."""
+    import numpy as np
+
+    half = (p + q) / 2
+    parts = [each[each > 0] * np.log2(each[each > 0] / half[each > 0]) for each in (p, q)]
+    return float(np.sqrt(max(0.0, sum(part.sum() for part in parts) / 2)))
+
+
+def _numbers(reference: ColumnProfile, window: ColumnProfile) -> dict[str, float | None]:
+    """What only numbers have: Wasserstein, outside, far, scale."""
+    import numpy as np
+
+    low, high = reference.values[[0, -1]].tolist()
+    least, most = window.values[[0, -1]].tolist()
+    at = (np.arange(200) + 0.5) / 200
+    with np.errstate(over="ignore"):  # values near the end of what a float holds: no measure
+        moved = float(np.mean(np.abs(window.quantiles(at) - reference.quantiles(at))))
+    slack = (high - low) / 2
+    ends = ((least, window.values[1:2]), (most, window.values[-2:-1]))
+    room = APART * (high - low)
+    marks = [
+        end
+        for end, nearest in ends
+        if end in SENTINELS and not low - room < end < high + room and np.all(abs(end - nearest) >= room)
+    ]
+    before, now = _width(reference), _width(window)
+    return {
+        "wasserstein": moved / reference.spread if reference.spread else None,
+        "outside": _outside(window, low, high),
+        "far": _outside(window, low - slack, high + slack),
+        "sentinel": sum(_heap(window, mark) for mark in marks),
+        "scale": now / before if before else None,
+    }
+
+
+def _outside(column: ColumnProfile, low: float, high: float) -> float:
+    """The share of values below `low` or above `high`."""
+    import numpy as np
+
+    below, within = column.cdf([np.nextafter(low, -np.inf), high])
+    return float(below + 1 - within)
+
+
+def _heap(column: ColumnProfile, value: float) -> float:
+    """The share of values that are `value`."""
+    import numpy as np
+
+    below, through = column.cdf([np.nextafter(value, -np.inf), value])
+    return float(through - below)
+
+
+def _width(column: ColumnProfile) -> float:
+    low, high = column.quantiles([0.05, 0.95])
+    return float(high - low)
+
+
+def _new(reference: ColumnProfile, window: ColumnProfile) -> float:
+    """The share of the window's categories that the reference never saw, past what it had to expect."""
+    known = reference.shares()
+    unseen = sum(share for name, share in window.shares().items() if name not in known)
+    once = sum(share for share in known.values() if share * reference.seen < 1.5)
+    return max(0.0, unseen - reference.rest - once)
+
+
+def _violations(
+    reference: ColumnProfile, window: ColumnProfile, column: ColumnDrift, rules: DriftRules, chance: float
+) -> Iterator[Finding]:
+    """What one column violates. Of predictions only that they moved or are missing; of a target, late labels are none."""
+    name = column.name
+    limit = {"feature": rules.features, "target": rules.target, "prediction": rules.prediction}[column.role].psi
+    if "null" not in (reference.kind, window.kind) and reference.kind != window.kind:
+        yield _fault(name, "type", 1, 0, f"{name} is a {window.kind}, and was a {reference.kind}")
+    before = column.missing_before
+    rise = column.missing - before
+    expected = before > 0.5 or column.role == "target"
+    if not expected and _rises(before, rise, MISSING, reference.rows, window.rows, chance):
+        sentence = f"{name} has no value in {column.missing:.1%} of rows, at most {before:.1%} before"
+        yield _fault(name, "missing", rise, MISSING, sentence)
+    moved = column.psi is not None and column.psi > max(limit, column.noise or 0.0, column.usual or 0.0)
+    if moved and column.psi is not None:
+        sentence = f"{name} moved: PSI {column.psi:.2f}, the pack allows {limit:g}"
+        yield Finding(kind=column.role, column=name, measure="psi", value=column.psi, limit=limit, sentence=sentence)
+    if column.role == "prediction":
+        return
+    if moved and window.kind == "number" and column.scale and (unit := _unit(reference, window, column.scale)):
+        yield _fault(name, "unit", column.scale, SCALE, f"{name} looks like another unit: {unit}")
+    else:
+        for measure, share, most in (("sentinel", column.sentinel, SENTINEL), ("range", column.far, FAR)):
+            if share and _rises(0, share, most, reference.seen, window.seen, chance):
+                now, then = (f"{each.minimum:g} … {each.maximum:g}" for each in (window, reference))
+                sentence = f"{name} is out of its range in {share:.1%} of rows: {now}, {then} before"
+                yield _fault(name, measure, share, most, sentence)
+                break
+    if column.new and _rises(0, column.new, NEW, reference.seen, window.seen, chance):
+        sentence = f"{name} holds values never seen before in {column.new:.1%} of rows"
+        yield Finding(kind=column.role, column=name, measure="new", value=column.new, limit=NEW, sentence=sentence)
+        for old, now, share in _renamed(reference, window):
+            sentence = f"{name} is {now!r} in {share:.1%} of rows, as many as were {old!r}, which is gone: renamed?"
+            yield _fault(name, "renamed", share, RENAMED, sentence)
+
+
+def _rises(before: float, rise: float, limit: float, n: int, m: int, chance: float) -> bool:
+    """Whether a share rises past its limit, and past what `chance` alone does to shares of n and of m rows."""
+    if not n or not m:
+        return rise > limit
+    pooled = (n * before + m * (before + rise)) / (n + m)
+    error = math.sqrt(max(0.0, pooled * (1 - pooled)) * (1 / n + 1 / m))
+    return rise > max(limit, NormalDist().inv_cdf(1 - chance) * error)
+
+
+def _unit(reference: ColumnProfile, window: ColumnProfile, scale: float) -> str | None:
+    """What other unit the window's numbers look like: the same shape, at another scale; None for none."""
+    import numpy as np
+
+    at = np.arange(1, 20) / 20
+    before, now = reference.quantiles(at), window.quantiles(at)
+    room = (now[-1] - now[0]) / 10
+
+    def alike(expected: Floats) -> bool:
+        return bool(np.max(np.abs(now - expected)) <= room)
+
+    if alike((before - 32) / 1.8):
+        return "as °C is to °F"
+    if alike(before * 1.8 + 32):
+        return "as °F is to °C"
+    least = SCALE if before[0] >= 0 or before[-1] <= 0 else SCALE_AROUND_ZERO
+    if abs(math.log(scale)) >= math.log(least) and alike(before * scale):
+        return f"the same shape, {scale:.3g} times as large"
+    return None
+
+
+def _renamed(reference: ColumnProfile, window: ColumnProfile) -> Iterator[tuple[str, str, float]]:
+    """Categories that vanished while another of their size, give or take a quarter, appeared: old, new, its share."""
+    known, now = reference.shares(), window.shares()
+    come = {name: share for name, share in now.items() if name not in known}
+    for old, share in known.items():
+        if not come or share < RENAMED:
+            return
+        new = min(come, key=lambda name: abs(come[name] - share))
+        if now.get(old, 0.0) < share / 10 and abs(come[new] - share) <= share / 4:
+            yield old, new, come.pop(new)
+
+
+def _arrival(reference: Profile, window: Profile, data: Data, chance: float) -> Iterator[Finding]:
+    """Whether the source still sends rows: at the reference's pace, and up to the window's end."""
+    days, before = _days(window.start, window.end), _days(reference.start, reference.end)
+    expected = reference.rows * days / before if before else 0.0
+    few = window.rows < PACE * expected and math.exp(-expected) < chance
+    if few or not window.rows:
+        sentence = f"{count(window.rows, 'row')}, {expected:.0f} at the pace of before: did the source stop?"
+        yield _fault(None, "rows", window.rows, PACE * expected, sentence)
+    silence = _silence(window, data)
+    most = data.max_staleness.total_seconds() / 86400
+    if silence is not None and silence > most:
+        sentence = f"the newest row is {silence:.1f} days older than the window's end, the pack allows {most:g}"
+        yield _fault(None, "stale", silence, most, sentence)
+
+
+def _silence(window: Profile, data: Data) -> float | None:
+    """Days from the newest row to the end of the window."""
+    times = window.columns.get(data.event_time)
+    if times is None or times.kind != "time" or times.maximum is None:
+        return None
+    return _days(datetime.fromtimestamp(times.maximum, UTC), window.end)
+
+
+def _performance(performance: Performance, rules: DriftRules) -> Iterator[Finding]:
+    """A drop past the pack's rule whose interval leaves out no drop at all; or an order turned round: flipped labels.
+
+    Halfway from what chance scores to the mirror image of the reference, no other cause is likely: a new truth makes a
+    model know less, and seldom its opposite.
+    """
+    drop, now, before = performance.drop, performance.window, performance.reference.value
+    limit, metric = rules.performance.drop, performance.metric
+    if drop.value <= limit or (drop.low is not None and drop.low <= 0):
+        return
+    interval = "" if drop.low is None else f" (interval {drop.low:+.3f} … {drop.high:+.3f})"
+    sentence = f"{metric} is {now.value:.3f}, {before:.3f} at promotion: worse by {drop.value:.3f}{interval}"
+    if (chance := performance.chance) is not None:
+        surely = now.value if now.high is None else now.high
+        if surely < chance < before and now.value <= chance - (before - chance) / 2:
+            sentence = f"{metric} is {now.value:.3f}, beyond {chance:g}, and was {before:.3f}: labels flipped?"
+            yield _fault(None, "labels", now.value, chance, sentence)
+            return
+    yield Finding(
+        kind="performance",
+        column=None,
+        measure="drop",
+        value=drop.value,
+        limit=limit,
+        sentence=f"{sentence}, the pack allows {limit:g}",
+    )
+
+
+def _fault(column: str | None, measure: str, value: float, limit: float, sentence: str) -> Finding:
+    return Finding(kind="fault", column=column, measure=measure, value=_short(value), limit=limit, sentence=sentence)
+
+
+def _days(start: datetime, end: datetime) -> float:
+    return _short((end - start).total_seconds() / 86400)
+
+
+def _short(value: float) -> float:
+    """Six digits: more say nothing, and a row of the events keeps them all."""
+    return float(f"{value:.6g}")

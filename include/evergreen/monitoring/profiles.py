@@ -1,0 +1,432 @@
+"""What the columns of a window look like, in a few kilobytes each, merged from the profiles of its parts.
+
+A profile is a function of its rows: in whatever order they come, the same rows give the same bytes, and a merge gives
+the same bytes whatever the order of the parts. So it can be named by its hash, and found again.
+
+**Numbers and times** are points: sorted values, and how many rows each stands for. Up to `POINTS` distinct values, that
+is all of them, and everything read from them is exact. Beyond, the rows in order are cut into `BUCKETS` buckets of as
+many rows each. A value that fills a bucket alone keeps its exact count, and so do the smallest and the largest; the rest
+of a bucket becomes its median. `slack` is the number of rows by which the rank of any value may be off: found while
+cutting, and added up in merging. As a share, `rank_error`, cutting costs at most 1 / `BUCKETS`, 0.2 %, and half of that
+where few values repeat; a profile has been cut once, a merge of any number of profiles once more. So merge many at once.
+
+**Categories and booleans** are counts: of up to `NAMES` of them, all; beyond, of the most frequent, and `slack` is the
+number of rows by which any category, kept or not, may be understated.
+
+**Distinct values** are counted where all are kept, else estimated from the `HASHES` smallest hashes, with a standard
+error of 4 %.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from hashlib import blake2b
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from evergreen.errors import SourceError, StoreError
+from evergreen.run import canonical_json
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Kind = Literal["number", "time", "boolean", "category", "null"]
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+
+POINTS = 1024
+"""Values kept of a number or time."""
+
+BUCKETS = POINTS // 2 - 1
+"""Buckets that more values are cut into: each leaves one median at most, and one value that fills a bucket."""
+
+NAMES = 512
+"""Categories kept."""
+
+NAME_BYTES = 80
+"""UTF-8 bytes of a category's name; of a longer one, its beginning and its hash are kept."""
+
+HASHES = 512
+"""Hashes kept of values that are not all kept."""
+
+VERSION = 1
+"""Of the format of `to_bytes`; a new one is read beside the old ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnProfile:
+    """One column of a window. Shares, ranks, mean and spread are of its finite values: neither missing nor infinite."""
+
+    name: str
+    kind: Kind  # "null": no value was seen that would tell
+    rows: int
+    missing: int  # null or NaN
+    infinite: int = 0
+    mean: float | None = None  # of numbers, and of times in seconds since 1970; None where there is none
+    spread: float | None = None  # the standard deviation of all of them, not of a sample
+    values: Floats = field(default_factory=lambda: np.empty(0))  # numbers and times: sorted, distinct
+    names: tuple[str, ...] = ()  # categories and booleans ("false", "true"): the most frequent first
+    weights: Counts = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # rows that each of them stands for
+    slack: int = 0  # rows; 0: everything is exact
+    hashes: Hashes = field(default_factory=lambda: np.empty(0, dtype=np.uint64))  # none where everything is exact
+
+    @property
+    def seen(self) -> int:
+        """Rows with a finite value."""
+        return self.rows - self.missing - self.infinite
+
+    @property
+    def minimum(self) -> float | None:
+        """The smallest number, or time in seconds since 1970."""
+        return float(self.values[0]) if len(self.values) else None
+
+    @property
+    def maximum(self) -> float | None:
+        """The largest number, or time in seconds since 1970."""
+        return float(self.values[-1]) if len(self.values) else None
+
+    @property
+    def rank_error(self) -> float:
+        """The most by which `cdf` may be off, or a category's share understated."""
+        return self.slack / self.seen if self.seen else 0.0
+
+    @property
+    def distinct(self) -> int:
+        """How many different values: exact where `slack` is 0, else estimated, with a standard error of 4 %."""
+        if not self.slack or len(self.hashes) < HASHES:
+            return max(len(self.weights), len(self.hashes))
+        return round((HASHES - 1) * 2.0**64 / float(self.hashes[-1]))
+
+    def quantiles(self, at: ArrayLike) -> Floats:
+        """For each share in `at`, the smallest value with that share of values up to it; NaN without values."""
+        at = np.asarray(at, dtype=np.float64)
+        if not len(self.values):
+            return np.full(at.shape, np.nan)
+        through = np.cumsum(self.weights)
+        rank = (
+            at * float(through[-1]) * (1 - 1e-12)
+        )  # 0.07 × 100 is 7.000000000000001 in floats, and the seventh value is meant
+        return self.values[np.minimum(np.searchsorted(through, rank), len(through) - 1)]
+
+    def cdf(self, points: ArrayLike) -> Floats:
+        """For each of `points`, the share of values up to and with it; NaN without values."""
+        points = np.asarray(points, dtype=np.float64)
+        if not len(self.values):
+            return np.full(points.shape, np.nan)
+        through = np.concatenate([[0], np.cumsum(self.weights)])
+        return np.asarray(through[np.searchsorted(self.values, points, side="right")] / through[-1])
+
+    def shares(self) -> dict[str, float]:
+        """The share of each category that is kept, the largest first; with `rest` they add up to 1."""
+        return {name: weight / self.seen for name, weight in zip(self.names, self.weights.tolist(), strict=False)}
+
+    @property
+    def rest(self) -> float:
+        """The share of all categories that are not kept."""
+        return (self.seen - int(self.weights.sum())) / self.seen if self.seen else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """The columns of the rows in the window [start, end). Predictions are a column like any other."""
+
+    columns: Mapping[str, ColumnProfile]
+    rows: int
+    start: datetime
+    end: datetime
+
+    def to_bytes(self) -> bytes:
+        """Deterministic, at most 64 KiB a column: a safetensors file whose metadata is JSON."""
+        from safetensors.numpy import save
+
+        columns = []
+        arrays: dict[str, NDArray[Any]] = {}
+        for number, column in enumerate(self.columns.values()):
+            plain = ("name", "kind", "rows", "missing", "infinite", "mean", "spread", "slack")
+            columns.append({field: getattr(column, field) for field in plain})
+            names = [name.encode() for name in column.names]
+            parts: dict[str, NDArray[Any]] = {
+                "values": column.values,
+                "weights": column.weights.astype(np.min_scalar_type(int(column.weights.max(initial=0)))),
+                "hashes": column.hashes,
+                "names": np.frombuffer(b"".join(names), dtype=np.uint8),
+                "lengths": np.array([len(name) for name in names], dtype=np.uint8),
+            }
+            arrays |= {f"{number}.{part}": array for part, array in parts.items() if len(array)}
+        content = {"version": VERSION, "rows": self.rows, "columns": columns}
+        content |= {"start": self.start.astimezone(UTC), "end": self.end.astimezone(UTC)}
+        return bytes(save(arrays, metadata={"evergreen.profile": canonical_json(content)}))
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Profile:
+        """What `to_bytes` wrote. Raises StoreError for anything else."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            arrays = load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            found = json.loads(header["__metadata__"]["evergreen.profile"])
+        except (SafetensorError, KeyError) as error:
+            raise StoreError(
+                f"{len(content)} bytes that should be a profile are none: {error!r}", fix="profile the window again"
+            ) from error
+        if found["version"] != VERSION:
+            raise StoreError(
+                f"a profile of version {found['version']}, where this Evergreen reads version {VERSION}",
+                fix="profile the window again, or use the Evergreen that wrote it",
+            )
+        columns = {}
+        for number, plain in enumerate(found["columns"]):
+            lengths = arrays.get(f"{number}.lengths", np.empty(0, dtype=np.uint8)).tolist()
+            text = arrays.get(f"{number}.names", np.empty(0, dtype=np.uint8)).tobytes()
+            ends = np.cumsum([0, *lengths]).tolist()
+            columns[plain["name"]] = ColumnProfile(
+                **plain,
+                values=arrays.get(f"{number}.values", np.empty(0)),
+                names=tuple(text[begin:end].decode() for begin, end in pairwise(ends)),
+                weights=arrays.get(f"{number}.weights", np.empty(0)).astype(np.int64),
+                hashes=arrays.get(f"{number}.hashes", np.empty(0, dtype=np.uint64)),
+            )
+        start, end = (datetime.fromisoformat(found[bound]) for bound in ("start", "end"))
+        return cls(columns=columns, rows=found["rows"], start=start, end=end)
+
+
+def profile(frame: pl.DataFrame, start: datetime, end: datetime) -> Profile:
+    """The profile of `frame`, whose rows lie in [start, end). Raises SourceError for a type that no partition keeps."""
+    columns = {name: _column(frame[name]) for name in sorted(frame.columns)}
+    return Profile(columns=columns, rows=frame.height, start=start, end=end)
+
+
+def merge(profiles: Iterable[Profile]) -> Profile:
+    """The profile of the rows of all `profiles`, of which there is at least one.
+
+    A column that some of them lack has the rows of the others. Raises SourceError where a column's kinds differ.
+    """
+    profiles = list(profiles)
+    parts: dict[str, list[ColumnProfile]] = {}
+    for each in profiles:
+        for name, column in each.columns.items():
+            parts.setdefault(name, []).append(column)
+    return Profile(
+        columns={name: _merged(name, parts[name]) for name in sorted(parts)},
+        rows=sum(each.rows for each in profiles),
+        start=min(each.start for each in profiles),
+        end=max(each.end for each in profiles),
+    )
+
+
+# From rows.
+
+
+def _column(series: pl.Series) -> ColumnProfile:
+    import polars as pl
+
+    type_ = series.dtype
+    column = ColumnProfile(series.name, "null", rows=len(series), missing=series.null_count())
+    present = series.drop_nulls()
+    if type_.is_numeric():
+        return _of_numbers(replace(column, kind="number"), present.cast(pl.Float64).to_numpy())
+    if type_ == pl.Date:
+        return _of_numbers(replace(column, kind="time"), present.to_physical().to_numpy() * 86_400.0)
+    if isinstance(type_, pl.Datetime):  # without a zone it is taken as UTC, as partitions do
+        unit = {"ms": 1e3, "us": 1e6, "ns": 1e9}[type_.time_unit]
+        return _of_numbers(replace(column, kind="time"), present.to_physical().to_numpy() / unit)
+    if type_ in (pl.Boolean, pl.String, pl.Categorical, pl.Enum):
+        counted = present.rename("name").value_counts(name="rows")
+        counted = counted.select(_short(counted["name"].cast(pl.String)), pl.col("rows").cast(pl.Int64))
+        return _with_names(replace(column, kind="boolean" if type_ == pl.Boolean else "category"), counted)
+    if type_ == pl.Null:
+        return column
+    raise SourceError(
+        f"column {series.name!r} holds {type_}, of which there is no profile",
+        fix="give the column one type: bool, int, float, text, datetime or date",
+    )
+
+
+def _of_numbers(column: ColumnProfile, numbers: Floats) -> ColumnProfile:
+    finite = np.isfinite(numbers)
+    if not finite.all():
+        infinite = int(np.isinf(numbers).sum())
+        nans = len(numbers) - int(finite.sum()) - infinite
+        column = replace(column, missing=column.missing + nans, infinite=infinite)
+        numbers = numbers[finite]
+    values, weights = _count(numbers)
+    mean, spread = _moments(values, weights)
+    return _with_points(replace(column, mean=mean, spread=spread), values, weights)
+
+
+def _count(numbers: Floats) -> tuple[Floats, Counts]:
+    """The distinct finite numbers in order, and how often each is there."""
+    if not len(numbers):
+        return numbers, np.empty(0, dtype=np.int64)
+    low, high = float(numbers.min()), float(numbers.max())
+    if high - low <= len(numbers) and bool((np.rint(numbers) == numbers).all()):  # counting is quicker than sorting
+        counts: Counts = np.bincount((numbers - low).astype(np.int64)).astype(np.int64, copy=False)
+        steps = np.flatnonzero(counts)
+        return np.asarray(low + steps, dtype=np.float64), counts[steps]
+    ordered = _sorted(numbers)
+    starts = _starts(ordered)
+    return ordered[starts], np.diff(starts, append=len(ordered))
+
+
+def _sorted(numbers: Floats) -> Floats:
+    """Finite numbers in order; polars sorts whole numbers in little more than half the time it takes for floats."""
+    import polars as pl
+
+    keys = pl.Series(_keys((numbers + 0.0).view(np.int64))).sort().to_numpy()  # + 0.0: there is one zero
+    return _keys(keys).view(np.float64)
+
+
+def _keys(bits: Counts) -> Counts:
+    """Whole numbers in the same order as the floats of these bits; of those, the bits again."""
+    return bits ^ ((bits >> 63) & np.int64(2**63 - 1))
+
+
+def _short(names: pl.Series) -> pl.Series:
+    """`names`, with those longer than `NAME_BYTES` cut, and their hash in place of what is cut."""
+    import polars as pl
+
+    def shorten(name: str) -> str:
+        whole = name.encode()
+        return f"{whole[: NAME_BYTES - 19].decode(errors='ignore')}…{blake2b(whole, digest_size=8).hexdigest()}"
+
+    long = names.str.len_bytes() > NAME_BYTES
+    if not long.any():
+        return names
+    return pl.Series(names.name, [shorten(name) if cut else name for name, cut in zip(names, long, strict=True)])
+
+
+# From profiles.
+
+
+def _merged(name: str, parts: Sequence[ColumnProfile]) -> ColumnProfile:
+    import polars as pl
+
+    kinds = sorted({part.kind for part in parts} - {"null"})
+    if len(kinds) > 1:
+        raise SourceError(
+            f"column {name!r} is a {' here and a '.join(kinds)} there, in profiles of the same data",
+            fix="give the column one type in the source; a new meaning deserves a new name",
+        )
+    mean, spread = _merged_moments(parts)
+    column = ColumnProfile(
+        name,
+        kinds[0] if kinds else "null",
+        rows=sum(part.rows for part in parts),
+        missing=sum(part.missing for part in parts),
+        infinite=sum(part.infinite for part in parts),
+        mean=mean,
+        spread=spread,
+        slack=sum(part.slack for part in parts),
+        hashes=np.concatenate([part.hashes for part in parts]),
+    )
+    weights = np.concatenate([part.weights for part in parts])
+    if column.kind in ("boolean", "category"):
+        names = pl.Series("name", [each for part in parts for each in part.names], dtype=pl.String)
+        return _with_names(column, pl.DataFrame([names, pl.Series("rows", weights)]).group_by("name").sum())
+    values = np.concatenate([part.values for part in parts])
+    order = np.argsort(values)
+    values, weights = values[order], weights[order]
+    starts = _starts(values)
+    return _with_points(column, values[starts], np.add.reduceat(weights, starts) if len(starts) else weights)
+
+
+def _merged_moments(parts: Sequence[ColumnProfile]) -> tuple[float | None, float | None]:
+    known = sorted((part.mean, part.spread or 0.0, part.seen) for part in parts if part.mean is not None)
+    means, spreads, seen = (np.array([each[at] for each in known]) for at in range(3))
+    mean, between = _moments(means, seen)
+    scale = spreads.max(initial=0.0) or 1.0
+    within = scale * math.sqrt(float((np.square(spreads / scale) * seen).sum()) / max(int(seen.sum()), 1))
+    return mean, None if between is None else math.hypot(between, within)
+
+
+# What is kept, of either.
+
+
+def _with_points(column: ColumnProfile, values: Floats, weights: Counts) -> ColumnProfile:
+    """`column` with these values, sorted and distinct; it has the slack and hashes of those merged in them."""
+    points, thick, more = _thinned(values, weights)
+    slack = column.slack + more
+    hashes = _smallest(column.hashes, _mixed(values.view(np.uint64))) if slack else column.hashes
+    return replace(column, values=points, weights=thick, slack=slack, hashes=hashes)
+
+
+def _with_names(column: ColumnProfile, counted: pl.DataFrame) -> ColumnProfile:
+    """`column` with the most frequent of these distinct names; it has the slack and hashes of those merged in them."""
+    order: dict[str, Any] = {"by": ["rows", "name"]}
+    top = counted.top_k(NAMES + 1, **order, reverse=[False, True]).sort(**order, descending=[True, False])
+    slack = column.slack + (int(top["rows"][NAMES]) if top.height > NAMES else 0)
+    hashes = _smallest(column.hashes, _hashed(counted["name"])) if slack else column.hashes
+    kept = top.head(NAMES)
+    return replace(column, names=tuple(kept["name"]), weights=kept["rows"].to_numpy(), slack=slack, hashes=hashes)
+
+
+def _moments(values: Floats, weights: Counts) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of weighted numbers in order; scaled, so that huge ones do not overflow."""
+    if not len(values):
+        return None, None
+    scale = max(abs(float(values[0])), abs(float(values[-1]))) or 1.0
+    parts, rows = values / scale, int(weights.sum())
+    mean = float((parts * weights).sum()) / rows
+    parts -= mean
+    parts *= parts
+    parts *= weights
+    return mean * scale, math.sqrt(float(parts.sum()) / rows) * scale
+
+
+def _thinned(values: Floats, weights: Counts) -> tuple[Floats, Counts, int]:
+    """At most `POINTS` of sorted distinct values, the rows each stands for, and by how many a rank is off at most."""
+    if len(values) <= POINTS:
+        return values, weights, 0
+    through = np.cumsum(weights)  # the last row of each value
+    bucket = -(-int(through[-1]) // BUCKETS)  # rows
+    edges = np.searchsorted(through, np.arange(0, through[-1], bucket), side="right")
+    alone = np.concatenate([[0], np.flatnonzero(weights >= bucket), [len(values) - 1]])
+    starts = np.unique(np.concatenate([edges, alone, alone + 1]))[:-1]
+    after = through[np.append(starts[1:], len(values)) - 1]
+    before = through[starts] - weights[starts]
+    median = np.searchsorted(through, before + (after - before + 1) // 2)
+    below, above = through[median] - weights[median] - before, after - through[median]
+    return values[median], after - before, int(max(below.max(), above.max()))
+
+
+def _starts(ordered: Floats) -> NDArray[np.intp]:
+    """Where each run of equal values begins."""
+    return np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
+
+
+def _smallest(*parts: Hashes) -> Hashes:
+    """The `HASHES` smallest of all, each once, sorted."""
+    hashes = np.concatenate(parts)
+    share = 2**64 // (len(hashes) // (4 * HASHES) + 1)  # hashes are even: among that many, this part of them will do
+    few = np.unique(hashes[hashes < np.uint64(share - 1)])
+    return (few if len(few) >= HASHES else np.unique(hashes))[:HASHES]
+
+
+def _hashed(names: pl.Series) -> Hashes:
+    """A hash of each name, for ever the same; that of polars is another in its next version."""
+    import polars as pl
+
+    sums = map(zlib.crc32, names.cast(pl.Binary).to_list())
+    return _mixed(np.fromiter(sums, dtype=np.uint64, count=len(names)))
+
+
+def _mixed(words: Hashes) -> Hashes:
+    """The finaliser of splitmix64: one to one, and every bit of the result depends on every bit of the word."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= words >> np.uint64(31)
+    return words
