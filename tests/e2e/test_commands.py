@@ -311,7 +311,7 @@ LINEAGE = """
     windows.train.start windows.train.end windows.validation.start windows.validation.end
     windows.holdout.start windows.holdout.end
 """
-ROW = "run_id pack at as_of reason outcome version champion"
+ROW = "run_id pack at as_of reason alerts outcome version champion"
 ENDED = f"""
     {ROW} stages.stage stages.state stages.summary stages.seconds failure verdict.decision verdict.reasons
     metrics.*.value metrics.*.low metrics.*.high metrics.*.champion metrics.*.difference metrics.*.difference_low
@@ -337,9 +337,11 @@ def test_the_keys_of_a_run_are_stable(house):
             "pack description owner schedule error last_run " + " ".join(f"last_run.{name}" for name in ROW.split()),
         ),
         ("down", "stopped"),
+        ("sender ci --signing", "sender kind secret"),
+        ("snooze gauge --off", "pack at until why by"),
         ("check gauge --as-of 2024-01-13", "law holds detail seconds"),
     ],
-    ids=["runs", "why", "lineage", "predict", "docs", "packs", "down", "check"],
+    ids=["runs", "why", "lineage", "predict", "docs", "packs", "down", "sender", "snooze", "check"],
 )
 def test_the_keys_of_an_answer_are_stable(told, run_ids, words, expected):
     """Each command's `--json` prints one document, with these keys."""
@@ -389,7 +391,7 @@ def test_lineage_tells_what_made_the_version(told, run_ids):
         run_ids[0],
         "a person asked",
     )
-    assert (made["as_of"], made["data_until"]) == ("2024-01-13T00:00:00Z",) * 2
+    assert (made["as_of"], made["data_until"]) == ("2024-01-13T00:00:00+00:00",) * 2
     snapshot = made["snapshot"]
     assert (snapshot["rows"], snapshot["partitions"]) == (660, 11)
     assert snapshot["tag"] == f"gauge/20240113T000000Z-{snapshot['hash'][:8]}"
@@ -525,6 +527,11 @@ def test_check_of_a_pack_that_breaks_a_law_exits_with_1(house):
         ("lineage gauge@7", "RegistryError", "gauge has no version or alias '7'", "versions: 1"),
         ("lineage @champion", "RegistryError", "names no model", "MODEL@champion"),
         ("predict gauge without.csv", "EvaluationError", "lacks 1 column that gauge takes: station", "height, station"),
+        ("alerts guage", "PackError", "there is no pack 'guage'", "did you mean 'gauge'?"),
+        ("alert gauge --reason x", "SettingsError", "no Airflow runs on", "make up"),
+        ("data-arrived gauge", "PackError", "triggers.on_new_data is off", "on_new_data: true"),
+        ("simulate gauge --policy raw.csv", "PackError", "raw.csv:1: holds no mapping", "start from"),
+        ("sender Grafana --bearer", "SendersError", "'Grafana' cannot name a sender", "lower-case letters"),
         ("predict gauge absent.parquet", "EvaluationError", "absent.parquet cannot be read", "give a Parquet file"),
     ],
 )
@@ -538,9 +545,10 @@ def test_an_error_is_one_document_too(ask, words, error, what, fix):
     assert done.stderr == f"{error}: {document['what']}\n  fix: {document['fix']}\n"
 
 
-def test_a_word_that_is_wrong_exits_with_2(ask):
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_word_that_is_wrong_exits_with_2(ask, command):
     """An `--as-of` that is no time ends before anything runs, with what to write instead."""
-    done = ask("run", "gauge", "--as-of", "soon")
+    done = ask(command, "gauge", "--as-of", "soon")
     assert (done.returncode, done.stdout) == (2, "")
     assert "'soon' is not a time: write 2013-04-01" in done.stderr
 

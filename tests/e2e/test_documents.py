@@ -134,7 +134,7 @@ def test_evergreen_commands_exist(name):
     """Every `evergreen …` that a document names is a command."""
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
     lines = [line.removeprefix("$ ") for block in blocks(name, "console") for line in block.splitlines()]
-    named = [re.match(r"(?:\.venv/bin/)?evergreen ([a-z]+)", line) for line in (*lines, *spans(name))]
+    named = [re.match(r"(?:\.venv/bin/)?evergreen ([a-z-]+)", line) for line in (*lines, *spans(name))]
     assert {found[1] for found in named if found} - known == set()
 
 
@@ -168,7 +168,7 @@ def test_the_tree_is_whole():
 def test_the_tree_names_what_is_within(folder):
     """The kinds of tests and the packs, by name."""
     depth = folder.count("/") + 1
-    within = {name.parts[depth] for name in FILES if name.as_posix().startswith(f"{folder}/")}
+    within = {name.parts[depth] for name in FILES if name.is_relative_to(folder) and len(name.parts) > depth + 1}
     assert set(re.findall(r"\w+", tree()[f"{folder}/"].split(":")[0])) == within
 
 

@@ -1,0 +1,112 @@
+"""Packs: which there are, new ones, whether they hold to the laws, and what their data were found to be."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.text import Text
+
+from evergreen import database as db
+from evergreen.cli.terminal import AsJson, AsOf, PackName, out, plain_table, show_json
+from evergreen.errors import PackError
+from evergreen.history import runs_of
+from evergreen.pack import Pack, find, load, parse_instant
+from evergreen.settings import Settings
+
+
+def packs(as_json: AsJson = False) -> None:
+    """The packs: what each keeps trained, and how its last run ended."""
+    settings = Settings.from_env()
+    database = db.connect(settings.database_url)
+    rows: list[dict[str, Any]] = []
+    for folder in find(settings.packs):
+        last = runs_of(database, folder.name, limit=1)
+        row: dict[str, Any] = {"pack": folder.name, "description": None, "owner": None, "schedule": None}
+        row |= {"last_run": last[0] if last else None, "error": None}
+        try:
+            pack = Pack.load(folder)
+        except PackError as error:
+            row["error"] = str(error)
+        else:
+            row |= {"description": pack.description, "owner": pack.owner, "schedule": pack.triggers.schedule}
+        rows.append(row)
+    if as_json:
+        show_json(rows)
+        return
+    table = plain_table("pack", "keeps trained", "schedule", "last run")
+    for row in rows:
+        said = Text(row["error"], style="red") if row["error"] else row["description"]
+        newest = row["last_run"]
+        ended = f"{newest['outcome']}, as of {newest['as_of'][:10]}" if newest else "none yet"
+        table.add_row(row["pack"], said, row["schedule"] or "", ended)
+    out().print(table)
+
+
+def new(
+    name: Annotated[str, typer.Argument(help="Lower-case letters, digits and _; a letter first.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a working pack to start from."""
+    from evergreen.laws import scaffold
+
+    settings = Settings.from_env()
+    folder = scaffold(settings.packs, name)
+    if as_json:
+        show_json({"pack": name, "folder": str(folder), "files": sorted(file.name for file in folder.iterdir())})
+        return
+    console = out()
+    console.print(f"[bold]{name}[/] is in {folder}:")
+    for file in sorted(folder.iterdir()):
+        console.print(f"  {file.name}")
+    console.print(f"Hold it to the laws: evergreen check {name}\nTrain it:            evergreen run {name}")
+
+
+def check(
+    pack: PackName,
+    as_of: AsOf = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold a pack to the laws, in under a minute, without touching its data, models or runs."""
+    from evergreen.laws import check_pack
+
+    settings = Settings.from_env()
+    loaded = load(settings.packs, pack)
+    console = out()
+    results = []
+    with tempfile.TemporaryDirectory(prefix="evergreen-check-") as folder:
+        for law in check_pack(settings, loaded, Path(folder), parse_instant(as_of) if as_of else None):
+            results.append(
+                {"law": law.name, "holds": law.holds, "detail": law.detail, "seconds": round(law.seconds, 2)}
+            )
+            if not as_json:
+                mark = "[green]✓[/]" if law.holds else "[red]✗[/]"
+                detail = f": {escape(law.detail)}" if law.detail else ""
+                console.print(f"{mark} {law.name}{detail}  [dim]{law.seconds:.1f} s[/]")
+    if as_json:
+        show_json(results)
+    if not all(result["holds"] for result in results):
+        raise typer.Exit(1)
+
+
+def docs(
+    pack: PackName,
+    output: Annotated[Path | None, typer.Option(help="Folder for the site; by default in the home.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build Great Expectations' Data Docs from a pack's last validation.
+
+    The pages take their styles from public servers: a browser without a network shows them plain.
+    """
+    from evergreen.stages import build_docs
+
+    settings = Settings.from_env()
+    loaded = load(settings.packs, pack)
+    page = build_docs(settings, loaded, output or settings.home / "docs" / pack)
+    if as_json:
+        show_json({"pack": pack, "page": str(page)})
+    else:
+        out().print(f"open {page}")
