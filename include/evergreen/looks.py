@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evergreen.data.store import Store
-from evergreen.errors import RegistryError, StoreError
+from evergreen.errors import EvaluationError, RegistryError, StoreError
 from evergreen.monitoring.drift import PREDICTION, Drift, compare
 from evergreen.pack import Data, DriftRules
 from evergreen.registry.models import ModelVersion
@@ -82,7 +82,13 @@ def score(
         handles[name] = jobs.start(run.settings, spec, fill_with(model))
     scored = {}
     for name, handle in handles.items():
-        result = jobs.wait(handle)
+        try:
+            result = jobs.wait(handle)
+        except EvaluationError:  # its folder stays, with its log; of the others nobody will ask for the predictions
+            for other in handles.values():
+                if other is not handle:
+                    jobs.discard(run.settings, other.spec.id)
+            raise
         file = handle.output / "predictions.parquet"
         ref = store.put(file)
         scored[name] = (ref, predictions_in(file), result)
