@@ -12,7 +12,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down test lint prove new-pack check lock bench clean
+.PHONY: help run up down test faults lint prove new-pack check lock bench clean
 
 help:  ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -54,8 +54,11 @@ new-pack: $(VENV)/.ready  ## a working pack to start from: make new-pack NAME=ch
 check: $(VENV)/.ready  ## hold a pack to the laws: make check PACK=digits
 	@$(BIN)/evergreen check $(PACK)
 
-test: lint  ## lint, then every test but the large trial counts
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not prove and not gpu" $(ARGS)
+test: lint  ## lint, then the tests; of the fault tests a sample
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not fault and not prove and not gpu" $(ARGS)
+
+faults: $(VENV)/.ready-dev  ## the fault tests that are too many for make test
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "fault and not prove" $(ARGS)
 
 lint: $(VENV)/.ready-dev  ## ruff, mypy --strict, and who may import whom
 	@$(BIN)/ruff check .

@@ -18,7 +18,7 @@ NEXT = datetime(2024, 1, 14, tzinfo=UTC)
 """The as-of that sees day 12, which the champion of `first` has not seen."""
 NEW = 12
 
-pytestmark = [pytest.mark.usefixtures("kept"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("kept"), pytest.mark.slow, pytest.mark.fault]
 
 
 def mended(home, run_id):

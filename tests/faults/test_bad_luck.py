@@ -17,7 +17,7 @@ from evergreen.history import history_of
 NEXT = datetime(2024, 1, 14, tzinfo=UTC)
 """The as-of that sees day 12, which the champion of `first` has not seen."""
 
-pytestmark = [pytest.mark.usefixtures("kept"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("kept"), pytest.mark.slow, pytest.mark.fault]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ NEXT = datetime(2024, 1, 14, tzinfo=UTC)
 """The as-of that sees day 12, which the champion of `first` has not seen."""
 STAGES = list(CHAIN)
 
-pytestmark = [pytest.mark.usefixtures("kept"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("kept"), pytest.mark.slow, pytest.mark.fault]
 
 
 @contextmanager

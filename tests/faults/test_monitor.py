@@ -29,7 +29,7 @@ MORE = 9
 """Days that come after the champion's: three windows."""
 LATER = AS_OF + timedelta(days=MORE)
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 
 
 def make(root) -> Home:

@@ -12,7 +12,7 @@ from evergreen.errors import AlertError
 from evergreen.settings import Settings
 from evergreen.triggers import inbox, senders, signatures
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(1200)]
 
 AT_ONCE = 50
 VICTIMS = ["scheduler", "api.server", "triggerer"]
