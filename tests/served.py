@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -33,7 +34,7 @@ class Served:
         self.settings = Settings.from_env({"EVERGREEN_HOME": str(home), **places})
         self.secret = senders.add(self.settings.senders, "evergreen", "signing")
         self.token = senders.add(self.settings.senders, "alertmanager", "bearer")
-        self.app = make_app(self.settings, _nobody)
+        self.app = make_app(self.settings, nobody)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.statuses: list[int] = []
@@ -51,19 +52,8 @@ class Served:
     @contextmanager
     def running(self) -> Iterator[Served]:
         """The server, in a thread of this process."""
-        config = uvicorn.Config(self, host="127.0.0.1", port=self.port, log_level="error", lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=asyncio.run, args=(server.serve(),), daemon=True)
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive(), "it started"
-                time.sleep(0.005)
+        with serving(self, self.port), self.client:
             yield self
-        finally:
-            self.client.close()
-            server.should_exit = True
-            thread.join()
 
     def signed(self, body: bytes, *, at: int, id: str | None = None, secret: str | None = None) -> dict[str, str]:  # noqa: A002
         """The headers of a signed message."""
@@ -85,6 +75,22 @@ class Served:
         return db.connect(self.settings.database_url).events(PACK, kind="alert")
 
 
-def _nobody() -> None:
+@contextmanager
+def serving(app: Any, port: int) -> Iterator[None]:
+    """The ASGI app on loopback, in a thread of this process."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=asyncio.run, args=(server.serve(),), daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "it started"
+            time.sleep(0.005)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def nobody() -> None:
     """Airflow's authentication, for which nobody here has a token."""
     raise HTTPException(401, "Not authenticated")

@@ -34,6 +34,11 @@ AS_OF = FIRST + timedelta(days=DAYS)
 SCHEDULED = datetime(2024, 2, 1, tzinfo=UTC)
 """Stands in for an as-of that was not asked for; before any home is made, so no clock turns it."""
 
+MORE = 9
+"""Days that come after the champion's, where it is watched: three windows."""
+LATER = AS_OF + timedelta(days=MORE)
+RULES = {"drift": {"window": "3d", "performance": {"drop": 0.1}}}
+
 PACK = {
     "description": "Will the water reach the road?",
     "owner": "tide@example.com",
@@ -104,6 +109,12 @@ def day(number: int, rows: int = 100) -> pl.DataFrame:
             "flooded": (1.5 * height + wind + chance.normal(size=rows) > 0.5).astype("int64"),
         }
     )
+
+
+def new_truth(rows: pl.DataFrame) -> pl.DataFrame:
+    """A target that has nothing to do with the rows any more, so that the champion knows nothing."""
+    chance = np.random.default_rng(rows.height)
+    return rows.with_columns(flooded=pl.Series((chance.normal(size=rows.height) > 0.5).astype("int64")))
 
 
 @dataclass(frozen=True)

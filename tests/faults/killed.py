@@ -1,15 +1,16 @@
 """Trials that kill the process of a stage, or let two race: run as a script, which prints one JSON line.
 
-    killed.py TRIALS    a JSON list of trials, each of [FOLDER, first|next, TRIAL, …]:
+    killed.py TRIALS    a JSON list of trials, each of [FOLDER, START, TRIAL, …]:
 
-    points [POINT …]    the chain is killed just before each of these calls (before every one where none is named), each
+    points [POINT …]    what START names is killed just before each of these calls (before every one where none is named), each
                         time from the same start, and performed again
     row POINT …         one run, killed before each of these calls in turn
     adopted             the waiting process is killed while its training job is at work
     race RUN RUN        two processes perform runs of these ids at once
 
-`first` is the pack's first run ever; `next` finds a champion that an earlier run made. A point is `stage/call/n`: the
-n-th such call within the stage. The script imports what stages need once and then forks; it opens nothing itself, since
+`first` is the pack's first run ever; `next` finds a champion that an earlier run made. `shift` is a look of the monitor
+that alerts, up to the alert's being posted; `fault` is one at data that `validate` refuses. A point is `stage/call/n`:
+the n-th such call within the stage. The script imports what stages need once and then forks; it opens nothing itself, since
 neither SQLite's connections nor polars' threads survive a fork.
 """
 
@@ -29,17 +30,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from conftest import AS_OF, NAME, Home, perform_stage
+from conftest import AS_OF, DAYS, LATER, MORE, NAME, RULES, SCHEDULED, Home, new_truth, perform_stage
+from fastapi import FastAPI
 from mlflow import MlflowClient
+from tests.served import nobody, serving
+from tests.servers import free_port
 
 from evergreen import database as db
+from evergreen import keys, looks
 from evergreen.data import store
 from evergreen.database import Database
+from evergreen.errors import EvergreenError
 from evergreen.history import history_of
+from evergreen.loop.monitor import Watched, monitor, tell
 from evergreen.run import Value
 from evergreen.stages import CHAIN
 from evergreen.training import jobs
 from evergreen.training.runtimes import process
+from evergreen.triggers import inbox, senders, signatures, webhook
 
 for library in ("dvc.config", "dvc.fs", "matplotlib.pyplot", "mlflow.pyfunc", "polars", "pyarrow.dataset"):
     importlib.import_module(library)  # so that no child pays for it
@@ -69,10 +77,16 @@ CALLS = (
     (Database, ("append",)),
     (store.Store, ("put", "put_json", "put_bytes", "push", "commit")),
     (store, ("_git",)),
+    (looks, ("write_whole",)),
     (jobs, ("start", "wait", "discard")),
     (process, ("launch",)),
     (MlflowClient, WRITES),
+    (signatures, ("post",)),
+    (inbox, ("keep",)),
 )
+LOOKS = ("shift", "fault")
+IMPOSSIBLE = {"expect_column_mean_to_be_between": {"column": "wind", "min_value": 5, "max_value": 6}}
+DAY = timedelta(days=1)
 WAITS = "    for step in range(1, job.params"
 
 
@@ -92,14 +106,18 @@ class Watch:
         def watched(*arguments: Any, **more: Any) -> Any:
             # What is appended is the second argument, the command of git the first.
             shown = {"append": f"append {arguments[2:3]}", "_git": f"git {arguments[:1]}"}.get(name, name)
-            label = f"{self.stage}/{shown.translate(str.maketrans('', '', chr(39) + '(),'))}"
-            label += f"/{Counter(met.rpartition('/')[0] for met in self.met)[label] + 1}"
-            self.met.append(label)
-            if label == self.point:
-                os.kill(os.getpid(), signal.SIGKILL)
+            self.meet(shown.translate(str.maketrans("", "", chr(39) + "(),")))
             return call(*arguments, **more)
 
         return watched
+
+    def meet(self, what: str) -> None:
+        """Die here, if this is the point."""
+        label = f"{self.stage}/{what}"
+        label += f"/{Counter(met.rpartition('/')[0] for met in self.met)[label] + 1}"
+        self.met.append(label)
+        if label == self.point:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def perform(home: Home, run_id: str = RUN, point: str | None = None, state: Path | None = None) -> None:
@@ -148,6 +166,54 @@ def end_state(home: Home, run_id: str, values: dict[str, Value]) -> dict[str, An
     }
 
 
+def look(home: Home, run_id: str = RUN, point: str | None = None, state: Path | None = None) -> None:
+    """A look of the monitor, as the DAG's three tasks take it; the webhook is a thread of this process, and dies with it."""
+    watch = Watch(point)
+    run = keys.begin(
+        home.settings, home.pack, run_id, as_of=LATER, scheduled=SCHEDULED, reason="a test asked", kind="watch"
+    )
+    values: dict[str, Any] = {}
+    try:
+        for watch.stage in ("ingest", "validate"):
+            perform_stage(run, watch.stage, values)
+    except EvergreenError:
+        pass
+    watch.stage = "monitor"
+    found = monitor(run, values.get("ingest"), values.get("validate"))
+    watch.stage = "tell"
+    outer, port = FastAPI(), free_port()
+    outer.mount("/evergreen", webhook.make_app(home.settings, nobody))
+    with serving(outer, port):
+        tell(home.settings, found, f"http://127.0.0.1:{port}")
+        watch.meet("told")
+    if state is not None:
+        state.write_text(json.dumps({"state": end_of_look(home, found), "met": list(watch.met)}))
+
+
+def end_of_look(home: Home, found: Watched) -> dict[str, Any]:
+    """What must be the same after a kill and a retry as after an undisturbed look."""
+    seen = home.visible()
+    pages = home.registry._client.list_artifacts(home.registry.version(NAME, 1).run_id, "drift")
+    return {
+        "found": found.model_dump(mode="json"),
+        "stage events": home.stages("stage"),
+        "looks": [event.body["value"] for event in home.events("drift")],
+        "receipts": home.stages("receipt"),
+        # Every attempt says why it failed, of which there may be two.
+        "failures": sorted({(event.body["stage"], event.body["what"]) for event in home.events("failure")}),
+        "alerts": [(event.key, event.body) for event in home.events("alert")],
+        "undecided": [alert.id for alert in inbox.due(home.database, NAME, home.events("watch")[-1].at + DAY)],
+        "pages": [page.path for page in pages],
+        "champion": seen["champion"].version,
+        "unfinished runs": seen["unfinished runs"],
+        "first bad event": home.database.first_bad(NAME),
+        "half-written": [file.name for file in home.settings.home.rglob("*.part")],
+        "left in jobs": home.leftovers(),
+        "processes": len(home.processes()),
+        "leases": leases(home),
+    }
+
+
 def begun(home: Home, values: dict[str, Value]) -> int:
     """How often the training function was entered."""
     from evergreen.data.store import Store
@@ -187,9 +253,18 @@ def make(root: Path, start: str) -> Home:
     """The home of the trials, and a copy of it as it is at their start; by a child, for polars is not to be used here."""
 
     def made() -> None:
-        home = Home.make(root / "live")
+        home = Home.make(root / "live", days=range(DAYS + MORE if start in LOOKS else DAYS))
         if start == "next":
             home.perform("before", as_of=AS_OF - timedelta(days=1))
+        elif start in LOOKS:
+            home.write(triggers=RULES)
+            home.perform("before")
+            senders.ensure(home.settings)
+        if start == "shift":
+            for number in range(DAYS + MORE - 6, DAYS + MORE):
+                home.write_day(number, new_truth)
+        elif start == "fault":
+            home.write(triggers=RULES, expectations=[IMPOSSIBLE])
 
     ended(fork(made))
     shutil.copytree(root / "live", root / "start")
@@ -202,28 +277,28 @@ def again(root: Path) -> None:
     shutil.copytree(root / "start", root / "live")
 
 
-def performed(root: Path, home: Home, run_id: str = RUN) -> dict[str, Any]:
+def performed(root: Path, home: Home, run_id: str = RUN, act: Callable[..., None] = perform) -> dict[str, Any]:
     """The state after a child has performed the run, and the calls that it made."""
     file = root / "state.json"
-    ended(fork(perform, home, run_id, None, file))
+    ended(fork(act, home, run_id, None, file))
     return json.loads(file.read_text())
 
 
-def points(root: Path, home: Home, *chosen: str) -> dict[str, Any]:
-    whole = performed(root, home)
+def points(root: Path, home: Home, *chosen: str, act: Callable[..., None] = perform) -> dict[str, Any]:
+    whole = performed(root, home, act=act)
     trials = []
     for point in chosen or whole["met"]:
         again(root)
-        death = ended(fork(perform, home, RUN, point))
-        trials.append({"point": point, "death": death, "state": performed(root, home)["state"]})
+        death = ended(fork(act, home, RUN, point))
+        trials.append({"point": point, "death": death, "state": performed(root, home, act=act)["state"]})
     return {"undisturbed": whole["state"], "trials": trials}
 
 
-def row(root: Path, home: Home, *chosen: str) -> dict[str, Any]:
-    whole = performed(root, home)["state"]
+def row(root: Path, home: Home, *chosen: str, act: Callable[..., None] = perform) -> dict[str, Any]:
+    whole = performed(root, home, act=act)["state"]
     again(root)
-    deaths = [ended(fork(perform, home, RUN, point)) for point in chosen]
-    return {"undisturbed": whole, "deaths": deaths, "state": performed(root, home)["state"]}
+    deaths = [ended(fork(act, home, RUN, point)) for point in chosen]
+    return {"undisturbed": whole, "deaths": deaths, "state": performed(root, home, act=act)["state"]}
 
 
 def adopted(root: Path, home: Home) -> dict[str, Any]:
@@ -269,5 +344,6 @@ if __name__ == "__main__":
     answers = []
     for place, begins, trial, *more in json.loads(sys.argv[1]):
         Path(place).mkdir()
-        answers.append(TRIALS[trial](Path(place), make(Path(place), begins), *more))
+        acts = {"act": look} if begins in LOOKS else {}
+        answers.append(TRIALS[trial](Path(place), make(Path(place), begins), *more, **acts))
     print(json.dumps(answers))  # noqa: T201

@@ -1,6 +1,7 @@
-"""SIGKILL in every stage, and two processes at once: the end is that of an undisturbed run."""
+"""SIGKILL in every stage and in a look, and two processes at once: the end is that of an undisturbed run."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -23,12 +24,16 @@ POINTS = {
 """In the middle of a stage's act: its first objects pushed, its job started, its version made and not complete, its
 promotion intended and not done; and just before its event."""
 
+LOOK = ["monitor/wait/1", "monitor/log_text/1", "monitor/append drift/1", "tell/keep/1", "tell/told/1"]
+"""Its predictions being made, its page not yet beside the champion, its event not written, its alert kept or not."""
+
 
 def tried(*trials):
     """What came of trials of `killed.py`, which runs in a process of its own: children can be forked and killed there."""
     script = Path(__file__).with_name("killed.py")
+    env = {**os.environ, "PYTHONPATH": str(script.parents[2])}
     done = subprocess.run(
-        [sys.executable, str(script), json.dumps(trials)], capture_output=True, text=True, check=False
+        [sys.executable, str(script), json.dumps(trials)], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -112,8 +117,17 @@ def test_a_killed_training_job_is_a_failure_and_the_retry_trains_again(home, kep
     assert (values["promote"].champion, home.leftovers(), home.processes()) == (1, [], [])
 
 
+@pytest.mark.slow
+def test_a_look_killed_at_every_turn_ends_as_an_undisturbed_one(tmp_path):
+    """Killed while it scores, reports, records and alerts, and tried again each time: one look, one page, one alert."""
+    ((found),) = tried([str(tmp_path / "look"), "shift", "row", *LOOK])
+    assert found["deaths"] == ["killed"] * len(LOOK)
+    assert found["state"] == found["undisturbed"]
+    assert (len(found["state"]["looks"]), len(found["state"]["alerts"])) == (1, 1)
+
+
 @pytest.mark.prove
-@pytest.mark.parametrize("start", ["first", "next"])
+@pytest.mark.parametrize("start", ["first", "next", "shift", "fault"])
 def test_a_run_killed_at_any_call_ends_as_an_undisturbed_one(tmp_path, start, capsys):
     """Before every append, put, push, git command, job, and write to MLflow: one trial each, one table."""
     ((found),) = tried([str(tmp_path / "points"), start, "points"])
@@ -127,6 +141,6 @@ def test_a_run_killed_at_any_call_ends_as_an_undisturbed_one(tmp_path, start, ca
         for point, names in differing.items()
     ]
     with capsys.disabled():
-        sys.stdout.write("\n".join([f"\n{len(lines)} points of a pack's {start} run", *lines, ""]))
-    assert len(differing) > 60
+        sys.stdout.write("\n".join([f"\n{len(lines)} points of {start}", *lines, ""]))
+    assert len(differing) > {"first": 60, "next": 60, "shift": 40, "fault": 40}[start]
     assert {point: names for point, names in differing.items() if names} == {}

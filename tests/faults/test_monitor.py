@@ -10,7 +10,18 @@ import numpy as np
 import polars as pl
 import pytest
 from fastapi import FastAPI
-from tests.faults.conftest import AS_OF, DAYS, NAME, SCHEDULED, Home, perform_stage
+from tests.faults.conftest import (
+    AS_OF,
+    DAYS,
+    LATER,
+    MORE,
+    NAME,
+    RULES,
+    SCHEDULED,
+    Home,
+    new_truth,
+    perform_stage,
+)
 from tests.served import Served
 
 from evergreen import keys
@@ -23,11 +34,6 @@ from evergreen.monitoring.drift import PREDICTION
 from evergreen.monitoring.profiles import Profile
 from evergreen.run import Ingested
 from evergreen.triggers import senders
-
-RULES = {"drift": {"window": "3d", "performance": {"drop": 0.1}}}
-MORE = 9
-"""Days that come after the champion's: three windows."""
-LATER = AS_OF + timedelta(days=MORE)
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 
@@ -81,12 +87,6 @@ def turn(home, change, days=range(DAYS + MORE - 6, DAYS + MORE)):
 def nulls(rows):
     there = np.random.default_rng(1).random(rows.height) < 0.4
     return rows.with_columns(wind=pl.when(pl.Series(there)).then(None).otherwise("wind"))
-
-
-def new_truth(rows):
-    """Height counts the other way round for half of it, so that the champion knows nothing."""
-    chance = np.random.default_rng(rows.height)
-    return rows.with_columns(flooded=pl.Series((chance.normal(size=rows.height) > 0.5).astype("int64")))
 
 
 def northern(rows):
