@@ -27,10 +27,16 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from evergreen.errors import DatabaseError, LeaseHeldError
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest revision in `migrations/versions`: what the code below is written for."""
 
 metadata = sa.MetaData()
+
+
+def where(condition: str) -> dict[str, sa.TextClause]:
+    """What makes an index of those rows only, on either database."""
+    return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
+
 
 events = sa.Table(
     "events",
@@ -45,11 +51,16 @@ events = sa.Table(
     sa.Column("body", sa.Text, nullable=False),
     sa.Column("previous", sa.String(64), nullable=False),
     sa.Column("hash", sa.String(64), nullable=False),
+    # What the body says of these, for finding events without reading them; they are no part of an event, nor hashed.
+    sa.Column("stage", sa.String(32)),
+    sa.Column("as_of", sa.String(32)),
     sa.UniqueConstraint("pack", "position", name="uq_events_pack_position"),
     sa.Index("ix_events_pack_kind", "pack", "kind", "position"),
     sa.Index("ix_events_pack_at", "pack", "at"),
     sa.Index("ix_events_key", "key"),
     sa.Index("ix_events_run_id", "run_id"),
+    sa.Index("ix_events_stage", "pack", "kind", "stage", "position", **where("stage IS NOT NULL")),
+    sa.Index("ix_events_as_of", "pack", "kind", "as_of", **where("as_of IS NOT NULL")),
 )
 
 leases = sa.Table(
@@ -80,7 +91,10 @@ WAIT_S = 30
 HOME = "-home-"
 """The chain of what concerns no single pack; no pack can have this name."""
 
-COLUMNS = tuple(column for column in events.columns if column.name != "id")
+PAGE = 50
+"""How many events are read ahead of whoever goes back through them."""
+
+COLUMNS = tuple(column for column in events.columns if column.name not in ("id", "stage", "as_of"))
 """The columns of an event, in the order of its fields."""
 
 GENESIS = "0" * 64
@@ -134,7 +148,7 @@ class Chain:
             "previous": self._previous,
         }
         row["hash"] = _hash_of(row)
-        self._rows.append(row)
+        self._rows.append({**row, **_found_by(body)})
         self._position, self._previous = row["position"], row["hash"]
         return Event(**{**row, "at": at, "body": json.loads(row["body"])})
 
@@ -245,20 +259,29 @@ class Database:
         kind: str | Collection[str] | None = None,
         run_id: str | None = None,
         key: str | None = None,
+        stage: str | None = None,
+        as_of: tuple[datetime, datetime] | None = None,
         since: datetime | None = None,
+        before: int | None = None,
         newest_first: bool = False,
         limit: int | None = None,
     ) -> list[Event]:
         """The events that match every condition given, in the order in which they were appended.
 
-        `kind` may be several kinds; `since` is the earliest instant at which an event was appended.
+        `kind` may be several kinds; `stage` is what a stage's value, receipt or failure is of; `as_of` the first and
+        the last that a look of the monitor may have; `since` the earliest instant at which an event was appended;
+        `before` a position.
         """
         query = sa.select(*COLUMNS)
-        for column, wanted in (("pack", pack), ("run_id", run_id), ("key", key)):
+        for column, wanted in (("pack", pack), ("run_id", run_id), ("key", key), ("stage", stage)):
             if wanted is not None:
                 query = query.where(events.c[column] == wanted)
         if kind is not None:
             query = query.where(events.c.kind.in_([kind] if isinstance(kind, str) else kind))
+        if as_of is not None:
+            query = query.where(events.c.as_of.between(*(instant.astimezone(UTC).isoformat() for instant in as_of)))
+        if before is not None:
+            query = query.where(events.c.position < before)
         if since is not None:
             query = query.where(events.c.at >= since.astimezone(UTC).isoformat())
         # Both orders are one within a pack. Each index gives one of them without a sort: a pack's gives positions.
@@ -276,10 +299,17 @@ class Database:
         kind: str | Collection[str] | None = None,
         run_id: str | None = None,
         key: str | None = None,
+        stage: str | None = None,
     ) -> Event | None:
         """The newest event that matches, or None."""
-        found = self.events(pack, kind=kind, run_id=run_id, key=key, newest_first=True, limit=1)
+        found = self.events(pack, kind=kind, run_id=run_id, key=key, stage=stage, newest_first=True, limit=1)
         return found[0] if found else None
+
+    def newest(self, pack: str, *, kind: str, stage: str, before: int | None = None) -> Iterator[Event]:
+        """The events about `stage`, the newest first; read as they are asked for, so that the first few cost little."""
+        while page := self.events(pack, kind=kind, stage=stage, before=before, newest_first=True, limit=PAGE):
+            yield from page
+            before = page[-1].position
 
     def first_bad(self, pack: str) -> int | None:
         """The position of the first event of `pack` that breaks the chain, or None when it holds."""
@@ -368,6 +398,13 @@ def event_of(row: sa.Row[Any]) -> Event:
     """The event in a row of COLUMNS."""
     pack, position, kind, run_id, key, at, body, previous, sha256 = tuple(row)
     return Event(pack, position, kind, run_id, key, datetime.fromisoformat(at), json.loads(body), previous, sha256)
+
+
+def _found_by(body: dict[str, Any]) -> dict[str, str | None]:
+    """The columns that an event is found by."""
+    stage, value = body.get("stage"), body.get("value")
+    as_of = value.get("as_of") if isinstance(value, dict) else None
+    return {"stage": stage, "as_of": as_of and datetime.fromisoformat(as_of).astimezone(UTC).isoformat()}
 
 
 def _hash_of(row: dict[str, Any]) -> str:

@@ -53,6 +53,23 @@ def history_of(database: Database, run_id: str, pack: str | None = None) -> dict
     }
 
 
+def last_look(database: Database, pack: str) -> dict[str, Any] | None:
+    """The newest look of the monitor that came to an end: run_id, at, as_of, champion, kind, reasons; None: none did.
+
+    `kind` is None where nothing could be compared.
+    """
+    ends = [database.latest(pack, kind=kind, stage="monitor") for kind in ("drift", "receipt", "failure")]
+    newest = max((event for event in ends if event is not None), key=lambda event: event.position, default=None)
+    if newest is None:
+        return None
+    at = {"run_id": newest.run_id, "at": newest.at.isoformat()}
+    if newest.kind == "failure":
+        return at | {"as_of": None, "champion": None, "kind": None, "reasons": [newest.body["what"]]}
+    source = newest if newest.kind == "drift" else database.latest(pack, kind="drift", key=newest.key)
+    assert source is not None, "a receipt names a look's event"
+    return at | {name: source.body["value"][name] for name in ("as_of", "champion", "kind", "reasons")}
+
+
 def why_run(database: Database, run_id: str, pack: str | None = None) -> list[dict[str, Any]]:
     """For each stage of a run: stage, what (ran, skipped or failed), because (in words), changed (parts of its key)."""
     answers = []
@@ -136,14 +153,7 @@ def _metrics(evaluated: Mapping[str, Any]) -> dict[str, dict[str, float | None]]
 
 def _why_it_ran(database: Database, event: Event) -> dict[str, Any]:
     stage = event.body["stage"]
-    before = next(
-        (
-            earlier
-            for earlier in database.events(event.pack, kind="stage", newest_first=True)
-            if earlier.position < event.position and earlier.body["stage"] == stage
-        ),
-        None,
-    )
+    before = next(database.newest(event.pack, kind="stage", stage=stage, before=event.position), None)
     if before is None:
         return {"stage": stage, "what": "ran", "because": "for the first time", "changed": []}
     changed = sorted(set(_differences(before.body["parts"], event.body["parts"])))

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -26,7 +27,7 @@ from tests.served import Served
 
 from evergreen import keys
 from evergreen.errors import EvergreenError
-from evergreen.history import runs_of
+from evergreen.history import last_look, runs_of
 from evergreen.looks import PROFILE, REFERENCE, Reference
 from evergreen.loop import monitor as watching
 from evergreen.loop.monitor import Watched, alert_of, monitor, page_of
@@ -34,6 +35,8 @@ from evergreen.monitoring.drift import PREDICTION
 from evergreen.monitoring.profiles import Profile
 from evergreen.run import Ingested
 from evergreen.triggers import senders
+
+TASKS = ("ingest", "validate", "monitor")
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 
@@ -181,6 +184,33 @@ def test_a_refused_suite_is_a_fault(home):
     assert (found.kind, alert_of(found)) == ("data fault", None)
     assert "expect_column_mean_to_be_between" in found.reasons[0]
     assert found.page is not None
+
+
+def test_a_fault_fails_its_task_for_good(home, monkeypatch):
+    """Whoever is told of failed tasks is told of it, once: nothing is tried again. A quiet look's task ends well."""
+    from airflow.sdk.exceptions import AirflowFailException
+    from airflow.sdk.execution_time.context import set_current_context
+
+    from evergreen.orchestration.dags import monitoring_dag
+
+    monkeypatch.setenv("EVERGREEN_HOME", str(home.settings.home))
+    monkeypatch.setenv("EVERGREEN_PACKS", str(home.settings.packs))
+    monkeypatch.setenv("EVERGREEN_URL", "http://127.0.0.1:9")
+
+    def look(run_id):
+        dag_run = SimpleNamespace(run_id=run_id, run_type="manual", logical_date=None, run_after=LATER)
+        with set_current_context({"dag_run": dag_run, "params": {"as_of": LATER.isoformat(), "force": True}}):
+            ingest, validate, looks = (monitoring_dag(home.pack).get_task(name).python_callable for name in TASKS)
+            ingested = ingest()
+            return looks(ingested=ingested, validated=validate(ingested=ingested))
+
+    assert look("as-it-was")["kind"] == "quiet"
+    turn(home, nulls)
+    with pytest.raises(AirflowFailException, match="data fault: wind has no value in .*; a person looks"):
+        look("with-nulls")
+    seen = last_look(home.database, NAME)
+    assert (seen["run_id"], seen["kind"], seen["champion"]) == ("watch__with-nulls", "data fault", 1)
+    assert seen["reasons"][0].startswith("wind has no value in ")
 
 
 def test_a_source_that_is_gone_is_a_fault(home):

@@ -204,15 +204,41 @@ def test_a_database_from_the_future_is_refused(database):
 def test_an_older_database_is_brought_up_to_date(database):
     """What the first release wrote is kept, and what came since is there."""
     first = database.append("a", "run", {})
+    read = database.append("a", "stage", {"stage": "ingest", "value": {"rows": 1}})
+    look = database.append("a", "drift", {"stage": "monitor", "value": {"as_of": "2013-04-01T00:00:00Z"}})
     with database.engine.begin() as connection:
         connection.exec_driver_sql("DROP TABLE undecided")
-        connection.exec_driver_sql("DROP INDEX ix_events_pack_at")
+        for index in ("ix_events_pack_at", "ix_events_stage", "ix_events_as_of"):
+            connection.exec_driver_sql(f"DROP INDEX {index}")
+        for column in ("stage", "as_of"):
+            connection.exec_driver_sql(f"ALTER TABLE events DROP COLUMN {column}")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
     later = Database(database.url)
-    assert later.events("a") == [first]
+    assert later.events("a") == [first, read, look]
+    assert later.latest("a", kind="stage", stage="ingest") == read
+    day = datetime(2013, 4, 1, tzinfo=UTC)
+    assert later.events("a", kind="drift", as_of=(day, day)) == [look]
+    assert later.first_bad("a") is None
     tables = sa.inspect(later.engine)
     assert tables.has_table("undecided")
     assert "ix_events_pack_at" in {index["name"] for index in tables.get_indexes("events")}
+
+
+def test_going_back_reads_no_further_than_it_is_asked_to(database):
+    """The newest event about a stage is found by an index, beside any number of others; those before it one by one."""
+    with database.chain("a") as chain:
+        for number in range(120):
+            chain.append("stage", {"stage": "train" if number % 60 == 0 else "ingest", "number": number})
+    found = database.newest("a", kind="stage", stage="ingest")
+    assert [next(found).body["number"] for _ in range(60)] == [n for n in range(119, 58, -1) if n != 60]
+    assert [event.body["number"] for event in database.newest("a", kind="stage", stage="train")] == [60, 0]
+    assert [event.position for event in database.newest("a", kind="stage", stage="train", before=61)] == [1]
+    with database.reading() as connection:
+        query = "SELECT * FROM events WHERE pack = 'a' AND kind = 'stage' AND stage = 'train' ORDER BY position DESC"
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {query} LIMIT 1").all()
+    assert [step.detail for step in plan] == [
+        "SEARCH events USING INDEX ix_events_stage (pack=? AND kind=? AND stage=?)"
+    ]
 
 
 def test_a_database_of_another_kind_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,22 +12,23 @@ from rich.markup import escape
 from rich.text import Text
 
 from evergreen import database as db
-from evergreen.cli.terminal import AsJson, AsOf, PackName, out, plain_table, show_json
+from evergreen.cli.drift import STYLES
+from evergreen.cli.terminal import AsJson, AsOf, PackName, minute, out, plain_table, show_json
 from evergreen.errors import PackError
-from evergreen.history import runs_of
+from evergreen.history import last_look, runs_of
 from evergreen.pack import Pack, find, load, parse_instant
 from evergreen.settings import Settings
 
 
 def packs(as_json: AsJson = False) -> None:
-    """The packs: what each keeps trained, and how its last run ended."""
+    """The packs: what each keeps trained, how its last run ended, and what the monitor saw last."""
     settings = Settings.from_env()
     database = db.connect(settings.database_url)
     rows: list[dict[str, Any]] = []
     for folder in find(settings.packs):
         last = runs_of(database, folder.name, limit=1)
         row: dict[str, Any] = {"pack": folder.name, "description": None, "owner": None, "schedule": None}
-        row |= {"last_run": last[0] if last else None, "error": None}
+        row |= {"last_run": last[0] if last else None, "last_look": last_look(database, folder.name), "error": None}
         try:
             pack = Pack.load(folder)
         except PackError as error:
@@ -37,13 +39,22 @@ def packs(as_json: AsJson = False) -> None:
     if as_json:
         show_json(rows)
         return
-    table = plain_table("pack", "keeps trained", "schedule", "last run")
+    table = plain_table("pack", "keeps trained", "schedule", "last run", "last look")
     for row in rows:
         said = Text(row["error"], style="red") if row["error"] else row["description"]
         newest = row["last_run"]
         ended = f"{newest['outcome']}, as of {newest['as_of'][:10]}" if newest else "none yet"
-        table.add_row(row["pack"], said, row["schedule"] or "", ended)
+        table.add_row(row["pack"], said, row["schedule"] or "", ended, _seen(row["last_look"]))
     out().print(table)
+
+
+def _seen(look: dict[str, Any] | None) -> Text:
+    """What the monitor saw, and when; of what a person must look at, why as well."""
+    if look is None:
+        return Text("")
+    kind, when = look["kind"] or "not compared", minute(datetime.fromisoformat(look["at"]))
+    said = f"{kind}, {when}" + (f": {look['reasons'][0]}" if kind in ("data fault", "not compared") else "")
+    return Text(said, style=STYLES.get(kind, "bold"))
 
 
 def new(

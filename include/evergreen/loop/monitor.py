@@ -376,10 +376,11 @@ def _year_before(run: Run, store: Store, rules: DriftRules) -> tuple[Ref, Profil
 
     then = run.as_of - YEAR
     found: list[tuple[timedelta, Ref]] = []
-    for event in db.connect(run.settings.database_url).events(run.pack.name, kind=KIND, newest_first=True):
+    near = (then - rules.window / 2, then + rules.window / 2)
+    for event in db.connect(run.settings.database_url).events(run.pack.name, kind=KIND, as_of=near, newest_first=True):
         value = event.body["value"]
-        away = abs(datetime.fromisoformat(value["as_of"]) - then)
-        if value["profile"] is not None and away <= rules.window / 2:
+        if value["profile"] is not None:
+            away = abs(datetime.fromisoformat(value["as_of"]) - then)
             found.append((away, Ref.model_validate(value["profile"])))
     for _, ref in sorted(found, key=lambda each: each[0]):
         if store.verify(ref):

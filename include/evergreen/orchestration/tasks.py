@@ -65,7 +65,12 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
 
 
 def monitor_task(pack: Pack) -> Any:
-    """An Airflow task that looks at the newest windows of `pack`, and posts the alert that follows from a shift."""
+    """An Airflow task that looks at the newest windows of `pack`, and posts the alert that follows from a shift.
+
+    A look that a person must see to ends as a failed task, which nobody tries again: a data fault, or one for which
+    `ingest` or `validate` gave nothing. Failed tasks are what callbacks, e-mail and metrics of an Airflow are wired to;
+    and this being the DAG's last task, the run would else be green over a red one.
+    """
 
     @task(
         task_id="monitor",
@@ -75,7 +80,8 @@ def monitor_task(pack: Pack) -> Any:
         retry_delay=timedelta(seconds=5),
         trigger_rule="all_done",
         doc_md="Look at the newest windows beside what the champion was made from, and say what kind of change they "
-        "show. It runs after a failure as well: data that is refused is a fault that somebody must be told of.",
+        "show. It runs after a failure as well: data that is refused is a fault that somebody must be told of, "
+        "and so it fails itself, for good.",
     )
     def act(ingested: dict[str, Any] | None, validated: dict[str, Any] | None) -> dict[str, Any]:
         from evergreen.loop import monitor  # numpy: every parse of a DAG would pay for it
@@ -87,6 +93,8 @@ def monitor_task(pack: Pack) -> Any:
             Validated.model_validate(validated) if validated else None,
         )
         monitor.tell(run.settings, watched, run.settings.url or conf.get("api", "base_url"))
+        if watched.kind == "data fault" or validated is None:
+            raise AirflowFailException(f"{watched.summary()}; a person looks, nothing is retrained")
         return watched.model_dump(mode="json", exclude={"evidence"})
 
     def build(**values: Any) -> Any:

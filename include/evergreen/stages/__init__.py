@@ -473,8 +473,8 @@ def _with_partitions(store: Store, manifest: Ref) -> list[Ref]:
 def _known_records(run: Run, suite: str, store: Store) -> dict[str, Any]:
     """What the newest validation under the same suite found, by partition identity; empty when there is none."""
     database = db.connect(run.settings.database_url)
-    for event in database.events(run.pack.name, kind="stage", newest_first=True):
-        if event.body["stage"] == "validate" and event.body["parts"]["parameters"]["suite"] == suite:
+    for event in database.newest(run.pack.name, kind="stage", stage="validate"):
+        if event.body["parts"]["parameters"]["suite"] == suite:
             ref = Ref.model_validate(event.body["value"]["records"])
             if not run.force and store.verify(ref):
                 return validation.records(store.read_json(ref))
@@ -544,14 +544,7 @@ def _example(store: Store, snapshot: Snapshot, trained: Trained) -> Any:
 
 def build_docs(settings: Settings, pack: Pack, folder: Path) -> Path:
     """Great Expectations' Data Docs of the pack's last validation; → its index.html."""
-    event = next(
-        (
-            event
-            for event in db.connect(settings.database_url).events(pack.name, kind="stage", newest_first=True)
-            if event.body["stage"] == "validate"
-        ),
-        None,
-    )
+    event = db.connect(settings.database_url).latest(pack.name, kind="stage", stage="validate")
     if event is None:
         raise StageError(f"pack {pack.name} has not been validated yet", fix=f"evergreen run {pack.name}")
     value = Validated.model_validate(event.body["value"])

@@ -22,7 +22,7 @@ from evergreen.pack import AdmissionPolicy, Pack, find
 from evergreen.settings import Settings
 from evergreen.triggers.admission import Past
 
-KINDS = ("alert", "intent", "decision", "stage", "drift")
+KINDS = ("alert", "intent", "decision", "drift")
 
 AT_ONCE = 10_000
 """How many events are read at a time."""
@@ -67,10 +67,9 @@ class Count:
     def add(self, event: Event) -> None:
         """Count one more event: the next of its pack."""
         self.position = event.position
-        if event.kind == "stage":
-            if event.body["stage"] == "train":
-                self.trained_at = event.at
-                self.spending.add(event)
+        if event.kind == "stage":  # of training
+            self.trained_at = event.at
+            self.spending.add(event)
             return
         if event.kind == "drift":
             self.looks[event.body["value"]["kind"] or "not compared"] += 1
@@ -109,7 +108,8 @@ class Admission:
         for pack in {folder.name for folder in find(self.settings.packs)}.union(_packs_of(database)):
             count = self.counts.setdefault(pack, Count())
             # By position, which has no gaps: ids of rows may become visible out of their order.
-            query = sa.select(*COLUMNS).where(events.c.pack == pack, events.c.kind.in_(KINDS))
+            counted = events.c.kind.in_(KINDS) | ((events.c.kind == "stage") & (events.c.stage == "train"))
+            query = sa.select(*COLUMNS).where(events.c.pack == pack, counted)
             while True:
                 newer = query.where(events.c.position > count.position).order_by(events.c.position).limit(AT_ONCE)
                 with database.reading() as connection:
