@@ -206,7 +206,7 @@ def test_a_fault_fails_its_task_for_good(home, monkeypatch):
 
     assert look("as-it-was")["kind"] == "quiet"
     turn(home, nulls)
-    with pytest.raises(AirflowFailException, match="data fault: wind has no value in .*; a person looks"):
+    with pytest.raises(AirflowFailException, match=r"data fault: wind has no value in .*; a person looks"):
         look("with-nulls")
     seen = last_look(home.database, NAME)
     assert (seen["run_id"], seen["kind"], seen["champion"]) == ("watch__with-nulls", "data fault", 1)

@@ -26,6 +26,7 @@ from evergreen.run import count
 from evergreen.settings import Settings
 from evergreen.triggers import inbox
 from evergreen.triggers.admission import KINDS, Alert
+from evergreen.triggers.refusals import refused_of
 from evergreen.triggers.replay import Course, Look, Replay
 from evergreen.triggers.replay import simulate as replay_of
 
@@ -90,12 +91,16 @@ def alerts(
     pack: Annotated[str | None, typer.Argument(help="A pack's name; all packs without it.")] = None,
     since: Since = None,
     limit: Limit = None,
+    refused: Annotated[bool, typer.Option("--refused", help="What the webhook did not take, by the minute.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """The alerts that were kept: when, from whom, why, and what became of each."""
+    """The alerts that were kept: when, from whom, why, and what became of each; or, --refused, what was not kept."""
     settings = Settings.from_env()
     database = db.connect(settings.database_url)
     _require_pack(settings, database, pack)
+    if refused:
+        _show_refused(database, pack, since, limit, as_json)
+        return
     found = inbox.alerts_of(database, pack, since=since, limit=limit or (None if since else NEWEST))
     if as_json:
         show_json([_alert_row(alert, event) for alert, event in found])
@@ -108,6 +113,23 @@ def alerts(
     for column in table.columns[:2]:
         column.no_wrap = True
     out().print(table if found else f"no alerts: evergreen alert {pack or 'PACK'} --reason …")
+
+
+def _show_refused(
+    database: Database, pack: str | None, since: datetime | None, limit: int | None, as_json: bool
+) -> None:
+    """Requests for no pack that there is are shown without `pack` only."""
+    found = refused_of(database, pack, since=since, limit=limit or (None if since else NEWEST))
+    if as_json:
+        show_json(found)
+        return
+    table = plain_table("until (UTC)", *([] if pack else ["pack"]), "from", "answer", "because", "times")
+    for row in found:
+        which = [] if pack else [row["pack"] or "?"]
+        who = row["sender"] or f"nobody known at {row['address'] or '?'}"
+        until = minute(datetime.fromisoformat(row["until"]))
+        table.add_row(until, *which, who, str(row["status"]), Text(row["reason"]), str(row["times"]))
+    out().print(table if found else "nothing was refused")
 
 
 def _require_pack(settings: Settings, database: Database, pack: str | None) -> None:

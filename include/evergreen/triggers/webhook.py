@@ -1,6 +1,6 @@
 """The webhook: `POST /alerts/{pack}`, for senders that sign or have a token. The answer comes when the alert is kept.
 
-What is refused is logged, with its reason and without secrets. Requests are looked at in this order: size and time of
+What is refused is tallied and written down, with its reason and without secrets (`refusals.py`). Requests are looked at in this order: size and time of
 the body, authentication, rate, pack, content type, body; so who has no secret learns nothing but that.
 """
 
@@ -30,6 +30,7 @@ from evergreen.pack import NAME
 from evergreen.settings import Settings
 from evergreen.triggers import inbox, messages, signatures
 from evergreen.triggers.inbox import NewAlert
+from evergreen.triggers.refusals import Refusals, Refused
 from evergreen.triggers.senders import Sender, Senders
 
 log = logging.getLogger("evergreen.webhook")
@@ -94,9 +95,10 @@ class Door:
         self.senders = Senders(settings.senders)
         self.rate = SlidingWindowCounterRateLimiter(MemoryStorage())
         self.keeper = Keeper(settings.database_url)
+        self.refusals = Refusals(settings.database_url)
 
     async def take(self, pack: str, request: Request) -> Kept:
-        """Keep the alerts of a request; raises Refusal, logged."""
+        """Keep the alerts of a request; raises Refusal, which is noted."""
         sender = None
         try:
             body = await _body(request)
@@ -106,8 +108,9 @@ class Door:
             alerts = _alerts(sender, pack, request.headers, body)
             ids = await self.keeper.keep(pack, alerts)
         except Refusal as refusal:
-            who = sender.name if sender else f"nobody known at {request.client.host if request.client else '?'}"
-            log.warning("refused an alert for %.60r from %s: %d: %s", pack, who, refusal.status_code, refusal.detail)
+            host = request.client.host if request.client and sender is None else None
+            known, name = pack if self._is_there(pack) else None, sender.name if sender else None
+            self.refusals.note(Refused(refusal.status_code, str(refusal.detail), known, name, host))
             raise
         return Kept(alert=ids[0], alerts=ids)
 
@@ -143,8 +146,11 @@ class Door:
             raise Refusal(429, f"{sender.name} posted {sender.per_minute} requests within a minute", wait)
 
     def _require(self, pack: str) -> None:
-        if not (NAME.fullmatch(pack) and (self.settings.packs / pack / "pack.yaml").is_file()):
+        if not self._is_there(pack):
             raise Refusal(404, f"there is no pack {pack[:60]!r}")
+
+    def _is_there(self, pack: str) -> bool:
+        return bool(NAME.fullmatch(pack)) and (self.settings.packs / pack / "pack.yaml").is_file()
 
 
 class Keeper:
@@ -239,15 +245,15 @@ CLOSE = {"connection": "close"}
 """What is left of the body is not waited for."""
 
 
-class Refused(BaseModel):
+class Answer(BaseModel):
     """Why a request was not taken."""
 
     detail: str
 
 
-UNAUTHENTICATED: dict[int | str, dict[str, Any]] = {status: {"model": Refused} for status in (401, 403, 503)}
+UNAUTHENTICATED: dict[int | str, dict[str, Any]] = {status: {"model": Answer} for status in (401, 403, 503)}
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Refused} for status in (401, 404, 408, 413, 415, 422, 429, 503)
+    status: {"model": Answer} for status in (401, 404, 408, 413, 415, 422, 429, 503)
 }
 
 

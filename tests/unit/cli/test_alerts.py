@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from evergreen import database as db
 from evergreen import loop
 from evergreen.cli import app
+from evergreen.database import HOME
 from evergreen.errors import AlertError, PackError, SendersError, SettingsError
 from evergreen.laws import scaffold
 from evergreen.settings import Settings
@@ -105,6 +106,20 @@ def decided(settings, database):
 
 
 # evergreen alerts, evergreen decisions
+
+
+def test_what_was_refused_is_listed(ask, database):
+    """By the minute, with who, why and how often; of one pack, or of all, those that are not there among them."""
+    one = {"status": 401, "reason": "no signature", "pack": "churn", "sender": None, "address": "10.0.0.7", "times": 9}
+    two = {"status": 404, "reason": "no pack 'chrn'", "pack": None, "sender": "ci", "address": None, "times": 1}
+    database.append(HOME, "refused", {"since": "2026-01-01T00:00:00+00:00", "refused": [one, two]})
+    assert [row["times"] for row in ask("alerts", "--refused", "--json")] == [9, 1]
+    assert [row["status"] for row in ask("alerts", "churn", "--refused", "--json")] == [401]
+    shown = ask("alerts", "--refused")
+    assert "nobody known at 10.0.0.7" in shown
+    assert "no pack 'chrn'" in shown
+    assert ask("alerts").startswith("no alerts")
+
 
 ALERT = "alert pack at sender reason fingerprint status as_of evidence outcome final rule because run_id until"
 DECISION = "at pack alert outcome rule reason until run_id"
