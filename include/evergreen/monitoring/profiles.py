@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -347,7 +348,8 @@ def _merged_moments(parts: Sequence[ColumnProfile]) -> tuple[float | None, float
     mean, between = _moments(means, seen)
     scale = spreads.max(initial=0.0) or 1.0
     within = scale * math.sqrt(float((np.square(spreads / scale) * seen).sum()) / max(int(seen.sum()), 1))
-    return mean, None if between is None else math.hypot(between, within)
+    # No numbers spread further than the largest of them is from zero; rounding may say a little more.
+    return mean, None if between is None else min(math.hypot(between, within), sys.float_info.max)
 
 
 # What is kept, of either.
@@ -377,11 +379,11 @@ def _moments(values: Floats, weights: Counts) -> tuple[float | None, float | Non
         return None, None
     scale = max(abs(float(values[0])), abs(float(values[-1]))) or 1.0
     parts, rows = values / scale, int(weights.sum())
-    mean = float((parts * weights).sum()) / rows
+    mean = min(max(float((parts * weights).sum()) / rows, -1.0), 1.0)
     parts -= mean
     parts *= parts
     parts *= weights
-    return mean * scale, math.sqrt(float(parts.sum()) / rows) * scale
+    return mean * scale, min(math.sqrt(float(parts.sum()) / rows), 1.0) * scale
 
 
 def _thinned(values: Floats, weights: Counts) -> tuple[Floats, Counts, int]:

@@ -94,6 +94,14 @@ def test_the_seventh_of_a_hundred_values_is_the_quantile_at_seven_percent():
     assert column(range(1, 101)).quantiles([0.0, 0.07, 0.14, 0.29, 1.0]).tolist() == [1, 7, 14, 29, 100]
 
 
+def test_the_largest_numbers_do_not_overflow_when_profiles_are_merged():
+    """Half of the rows at either end of what a float holds: the spread is that end itself, and not infinite."""
+    most = sys.float_info.max
+    parts = [of(pl.DataFrame({"x": [-most] * 10})), of(pl.DataFrame({"x": [most] * 28 + [-most] * 18}), 1)]
+    merged = merge(parts).columns["x"]
+    assert (merged.mean, merged.spread) == (pytest.approx(0, abs=most * 1e-15), pytest.approx(most))
+
+
 def test_huge_numbers_have_a_mean_and_a_spread():
     found = column([1.7e308, -1.7e308, 1.7e308, -1.7e308])
     assert (found.mean, found.spread) == (0.0, 1.7e308)
