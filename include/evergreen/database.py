@@ -33,7 +33,7 @@ HEAD = "0003"
 metadata = sa.MetaData()
 
 
-def where(condition: str) -> dict[str, sa.TextClause]:
+def where(condition: str) -> dict[str, Any]:
     """What makes an index of those rows only, on either database."""
     return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
@@ -279,7 +279,8 @@ class Database:
         if kind is not None:
             query = query.where(events.c.kind.in_([kind] if isinstance(kind, str) else kind))
         if as_of is not None:
-            query = query.where(events.c.as_of.between(*(instant.astimezone(UTC).isoformat() for instant in as_of)))
+            first, last = (instant.astimezone(UTC).isoformat() for instant in as_of)
+            query = query.where(events.c.as_of.between(first, last))
         if before is not None:
             query = query.where(events.c.position < before)
         if since is not None:

@@ -51,7 +51,7 @@ def test_what_comes_within_the_minute_waits_for_its_end(database, monkeypatch):
     async def note():
         found = Refusals(database.url)
         found.note(one)
-        while found._tally:  # taken to be written
+        while found._tally:  # noqa: ASYNC110 -- until it is taken to be written
             await asyncio.sleep(0)
         for _ in range(20):
             found.note(one)

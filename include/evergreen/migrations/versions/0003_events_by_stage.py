@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -24,7 +25,7 @@ def upgrade() -> None:
 
 def _fill(connection: sa.Connection) -> None:
     """What the bodies of the events that are there say."""
-    columns = [sa.column(name) for name in ("id", "kind", "body", "stage", "as_of")]
+    columns: list[sa.ColumnClause[Any]] = [sa.column(name) for name in ("id", "kind", "body", "stage", "as_of")]
     events = sa.table("events", *columns)
     change = sa.update(events).where(events.c.id == sa.bindparam("row"))
     change = change.values(stage=sa.bindparam("new_stage"), as_of=sa.bindparam("new_as_of"))
