@@ -27,11 +27,12 @@ import numpy as np
 import polars as pl
 
 from evergreen.evaluation import significance
+from evergreen.evaluation.importance import importance, partners, sample
 from evergreen.evaluation.metrics import Rows
 from evergreen.monitoring.drift import NOMINAL, PREDICTION, Drift, Performance, compare, triage
 from evergreen.monitoring.profiles import Profile, profile
 from evergreen.pack import Data, DriftRules
-from evergreen.run import Estimate
+from evergreen.run import Estimate, Importance
 
 RULES = DriftRules()
 DATA = Data(target="bought", event_time="at")
@@ -61,7 +62,9 @@ class World:
         rows = self.rows(START, 60)
         self.fit(rows)
         self.reference = self.profile(rows, START, 60)
-        self.promoted = self.auc(self.rows(START + 60 * DAY, 14))
+        holdout = self.rows(START + 60 * DAY, 14)
+        self.promoted = self.auc(holdout)
+        self.leans = self.importance(holdout)
 
     def rows(self, start: datetime, days: int) -> pl.DataFrame:
         rng, n = self.rng, self.a_day * days
@@ -122,13 +125,24 @@ class World:
         truth = rows["bought"].to_numpy()
         return significance.estimate(Rows.of("binary", truth, self.predictions(rows), days), "roc_auc", 0.95)
 
+    def importance(self, rows: pl.DataFrame) -> tuple[Importance, ...]:
+        days = rows["at"].dt.ordinal_day().to_numpy()
+        places = sample(days)
+        asked = rows[places]
+        partner = partners(asked)
+        shuffled = {name: self.predictions(asked.with_columns(partner[name])) for name in (*NUMBERS, *WORDS, "mobile")}
+        truth, predicted = asked["bought"].to_numpy(), self.predictions(asked)
+        return importance("binary", "roc_auc", truth, predicted, shuffled, days[places], confidence=0.95)
+
     def drift(self, rows: pl.DataFrame, start: datetime, reference: Profile | None = None) -> Drift:
         """The week of `rows` beside the champion's reference, or another."""
-        performance = None
+        performance, leans = None, ()
         if rows.height:
+            leans = self.importance(rows)
             performance = Performance(metric="roc_auc", reference=self.promoted, window=self.auc(rows), chance=0.5)
         window = self.profile(rows, start, 7)
-        return compare(reference or self.reference, window, RULES, DATA, performance=performance)
+        lent = (self.leans, leans) if reference is None else ((), ())
+        return compare(reference or self.reference, window, RULES, DATA, performance=performance, importance=lent)
 
 
 Cause = Callable[[World, pl.DataFrame, float], pl.DataFrame]
@@ -274,12 +288,18 @@ def main() -> int:
     every = [drift for each in weeks for drift, _ in each]
     peer = sum(called for each in weeks for _, called in each) / len(every)
     moved = sum(any(found.kind != "performance" for found in drift.violated) for drift in every) / len(every)
+    leant = [drift.importance for drift in every if drift.importance is not None]
+    past = sum(any(found.kind == "importance" for found in drift.violated) for drift in every) / len(every)
     fell = sum(any(found.kind == "performance" for found in drift.violated) for drift in every) / len(every)
     histories = [[drift for drift, _ in each] for each in weeks]
     verdicts = Counter(triage(each[:end], RULES).kind for each in histories for end in range(1, len(each) + 1))
     print(f"{len(every)} weeks of 70 to 2 100 rows in which nothing changed, taken for: {dict(verdicts)}")
     print(
         f"    a distribution violates a rule in {moved:.1%} (nominal {NOMINAL:.1%}); bare PSI past its threshold in {peer:.1%}"
+    )
+    print(
+        f"    of these, what the model leans on in {past:.1%}; its move, less chance's, is {max(each.shift for each in leant):.2f} "
+        f"at most, and past {RULES.importance.shift:g} in {sum(each.shift > RULES.importance.shift for each in leant) / len(leant):.1%}"
     )
     print(f"    performance does in {fell:.1%} (nominal 2.5%)")
     quiet = moved <= NOMINAL and fell <= 0.025

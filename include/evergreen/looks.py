@@ -1,14 +1,15 @@
-"""What the chain and the monitor both look at: a model's predictions for partitions, and how partitions lie.
+"""What the chain and the monitor both look at: a model's predictions for partitions, what it leans on, how they lie.
 
-Both are functions of bytes that are named by their hash: of a model and a partition. What this machine made of them is
+All are functions of bytes that are named by their hash: of a model and a partition. What this machine made of them is
 kept in its cache, which may vanish; so a new day costs a day.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from evergreen.errors import EvaluationError, RegistryError, StoreError
 from evergreen.monitoring.drift import PREDICTION, Drift, compare
 from evergreen.pack import Data, DriftRules
 from evergreen.registry.models import ModelVersion
-from evergreen.run import Estimate, Manifest, PartitionFile, Ref, Run, Value, Window, floor, step
+from evergreen.run import Estimate, Importance, Manifest, PartitionFile, Ref, Run, Value, Window, digest, floor, step
 from evergreen.training import jobs
 from evergreen.training.checkpoints import write_whole
 from evergreen.work import job_id_of, job_spec
@@ -40,11 +41,15 @@ class Reference(Value):
     """Of a multiclass target, in the order of the predictions."""
     usual: tuple[Drift, ...]
     """Windows of the snapshot beside the whole of it, back to back, the newest first: how far they stray anyway."""
+    importance: tuple[Importance, ...] = ()
+    """On the hold-out; none of a version that was registered before there was any."""
 
 
 PROFILE = "profile.bin"
 REFERENCE = "profile.json"
 """The artifacts of a version that hold them."""
+IMPORTANCE = 1
+"""Of the way importance is measured: what a machine keeps by an earlier one is not used."""
 
 
 def model_of(version: ModelVersion) -> Ref:
@@ -60,26 +65,42 @@ def model_of(version: ModelVersion) -> Ref:
 # Predictions.
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What a model's job left."""
+
+    predictions: Ref
+    predicted: np.ndarray
+    """(n,), or (n, k) of k classes."""
+    result: jobs.JobResult
+    swapped: tuple[np.ndarray, ...]
+    """Of each sample (1 + columns, n), or (1 + columns, n, k): as its rows are, then with one column of the partners'."""
+
+
 def score(
-    run: Run, store: Store, rows: list[tuple[PartitionFile, pl.DataFrame]], models: dict[str, Ref]
-) -> dict[str, tuple[Ref, np.ndarray, jobs.JobResult]]:
-    """Predictions of each model on the same rows without the target: one job each, side by side."""
-    pack = run.pack
+    run: Run,
+    store: Store,
+    rows: list[tuple[PartitionFile, pl.DataFrame]],
+    models: dict[str, Ref],
+    ask: Mapping[str, Sequence[Sample]],
+) -> dict[str, Scored]:
+    """Predictions of each model on the same rows without the target, and on the samples that it is asked; one job each.
+
+    `ask`: model → samples.
+    """
+    import numpy as np
+
     handles = {}
-
-    def fill_with(model: Ref) -> Callable[[Path], None]:
-        def fill(folder: Path) -> None:
-            store.checkout(model, folder / "model")
-            (folder / "rows").mkdir(parents=True)
-            for part, frame in rows:
-                frame.drop(pack.data.target).write_parquet(folder / "rows" / f"{part.period:%Y%m%dT%H}.parquet")
-
-        return fill
-
     for name, model in models.items():
-        parts = {"model": model.hash, "rows": [part.object.hash for part, _ in rows], "run": run.id}
+        samples = ask.get(name, ())
+        parts = {
+            "model": model.hash,
+            "rows": [part.object.hash for part, _ in rows],
+            "samples": [sample.identity for sample in samples],
+            "run": run.id,
+        }
         spec = job_spec(run, "score", job_id_of(run, "score", parts))
-        handles[name] = jobs.start(run.settings, spec, fill_with(model))
+        handles[name] = jobs.start(run.settings, spec, _fill_with(run.pack.data.target, store, model, rows, samples))
     scored = {}
     for name, handle in handles.items():
         try:
@@ -90,12 +111,34 @@ def score(
                     jobs.discard(run.settings, other.spec.id)
             raise
         file = handle.output / "predictions.parquet"
-        ref = store.put(file)
-        scored[name] = (ref, predictions_in(file), result)
-    store.push([ref for ref, _, _ in scored.values()])
+        samples = sorted((handle.output / "samples").glob("*.npy"))
+        swapped = tuple(np.load(each, allow_pickle=False) for each in samples)
+        scored[name] = Scored(store.put(file), predictions_in(file), result, swapped)
+    store.push([each.predictions for each in scored.values()])
     for handle in handles.values():
         jobs.discard(run.settings, handle.spec.id)
     return scored
+
+
+def _fill_with(
+    target: str,
+    store: Store,
+    model: Ref,
+    rows: list[tuple[PartitionFile, pl.DataFrame]],
+    samples: Sequence[Sample],
+) -> Callable[[Path], None]:
+    def fill(folder: Path) -> None:
+        store.checkout(model, folder / "model")
+        (folder / "rows").mkdir(parents=True)
+        for part, frame in rows:
+            frame.drop(target).write_parquet(folder / "rows" / f"{part.period:%Y%m%dT%H}.parquet")
+        for place, sample in enumerate(samples):
+            asked = folder / "samples" / f"{place:05d}"
+            asked.mkdir(parents=True)
+            sample.rows.drop(target).write_parquet(asked / "rows.parquet")
+            sample.partners.write_parquet(asked / "partners.parquet")
+
+    return fill
 
 
 def predictions_in(file: Path) -> np.ndarray:
@@ -107,9 +150,12 @@ def predictions_in(file: Path) -> np.ndarray:
 
 
 def predictions(
-    run: Run, store: Store, model: Ref, parts: Sequence[PartitionFile]
-) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
-    """The model's predictions for each partition, by its identity: what this machine does not know, by one job."""
+    run: Run, store: Store, model: Ref, parts: Sequence[PartitionFile], samples: Sequence[Sample] = ()
+) -> tuple[dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]], tuple[np.ndarray, ...]]:
+    """The model's predictions for each partition, by its identity, and what `Scored.swapped` has of the samples.
+
+    What this machine does not know of the first, and the second, by one job.
+    """
     import numpy as np
     import polars as pl
 
@@ -117,12 +163,15 @@ def predictions(
     folder.mkdir(parents=True, exist_ok=True)
     files = {part.identity: folder / f"{part.identity}.npy" for part in parts}
     unknown = [part for part in parts if not files[part.identity].is_file()]
-    if unknown:
-        rows = [(part, pl.read_parquet(store.path(part.object))) for part in unknown]
-        _, predicted, _ = score(run, store, rows, {"champion": model})["champion"]
-        for part, found in zip(unknown, _cut(predicted, unknown), strict=True):
+    swapped: tuple[np.ndarray, ...] = ()
+    if unknown or samples:
+        asked = unknown or list(parts[-1:])  # a job has rows
+        rows = [(part, pl.read_parquet(store.path(part.object))) for part in asked]
+        scored = score(run, store, rows, {"champion": model}, {"champion": samples})["champion"]
+        swapped = scored.swapped
+        for part, found in zip(asked, _cut(scored.predicted, asked), strict=True):
             write_whole(files[part.identity], _npy(found))
-    return {identity: np.load(file, allow_pickle=False) for identity, file in files.items()}
+    return {identity: np.load(file, allow_pickle=False) for identity, file in files.items()}, swapped
 
 
 def _cut(predicted: np.ndarray, parts: Sequence[PartitionFile]) -> list[np.ndarray]:
@@ -138,6 +187,89 @@ def _npy(array: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
     return content.getvalue()
+
+
+# What a model leans on.
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Rows on which a model is asked what it leans on, and their partners; all with labels."""
+
+    identity: str
+    """Of the partitions and columns that it follows from."""
+    rows: pl.DataFrame
+    partners: pl.DataFrame
+    """The columns that take part."""
+    clusters: np.ndarray
+    """(n,) the partition of each row."""
+
+
+def sample(rows: Sequence[tuple[PartitionFile, pl.DataFrame]], target: str, columns: Collection[str]) -> Sample | None:
+    """The rows of these partitions that are asked; None where no row has a label."""
+    import numpy as np
+    import polars as pl
+
+    from evergreen.evaluation import importance
+
+    table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
+    clusters = np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows])
+    places = np.flatnonzero(labelled(table[target]))
+    if not len(places):
+        return None
+    places = places[importance.sample(clusters[places])]
+    asked = table[places]
+    taken = [name for name in columns if name in table.columns]
+    return Sample(
+        identity=digest([[part.identity for part, _ in rows], taken]),
+        rows=asked,
+        partners=importance.partners(asked.select(taken)),
+        clusters=clusters[places],
+    )
+
+
+def labelled(target: pl.Series) -> np.ndarray:
+    """(n,) whether the label is there."""
+    known = target.is_not_null() & target.is_not_nan() if target.dtype.is_float() else target.is_not_null()
+    return known.to_numpy()
+
+
+def importance_of(
+    run: Run, asked: Sample, swapped: np.ndarray, metric: str, classes: Sequence[Any] | None
+) -> tuple[Importance, ...]:
+    """What the model leans on, from its predictions for a sample (`Scored.swapped`); the greatest first."""
+    from evergreen.evaluation.importance import importance
+
+    data = run.pack.data
+    return importance(
+        data.task,
+        metric,
+        asked.rows[data.target].to_numpy(),
+        swapped[0],
+        dict(zip(asked.partners.columns, swapped[1:], strict=True)),
+        asked.clusters,
+        confidence=run.pack.gate.primary.confidence,
+        classes=classes,
+    )
+
+
+def importance_file(run: Run, model: Ref, parts: Sequence[PartitionFile], metric: str) -> Path:
+    """Where this machine keeps what the model leans on in these partitions together."""
+    about = [IMPORTANCE, metric, run.pack.gate.primary.confidence, [part.identity for part in parts]]
+    return run.settings.cache / "importance" / model.hash / f"{digest(about)}.json"
+
+
+def kept_importance(file: Path) -> tuple[Importance, ...] | None:
+    """What is kept there; None where nothing is."""
+    try:
+        return tuple(Importance.model_validate(each) for each in json.loads(file.read_bytes()))
+    except FileNotFoundError:
+        return None
+
+
+def keep_importance(file: Path, found: tuple[Importance, ...]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps([each.model_dump() for each in found]).encode())
 
 
 # Profiles.
@@ -223,6 +355,7 @@ def reference_of(
     *,
     metric: str,
     figure: Estimate,
+    importance: tuple[Importance, ...],
     classes: Sequence[Any] | None,
 ) -> tuple[Profile, Reference]:
     """The profile of all rows, with the predictions of the hold-out's; and how far its windows stray from it."""
@@ -235,5 +368,11 @@ def reference_of(
         compare(reference, profile_of(run, store, window, manifest, known, classes), rules, data)
         for window in windows_back(whole.end, rules, data, whole.start)
     ]
-    about = Reference(metric=metric, figure=figure, classes=tuple(classes) if classes else None, usual=tuple(usual))
+    about = Reference(
+        metric=metric,
+        figure=figure,
+        classes=tuple(classes) if classes else None,
+        usual=tuple(usual),
+        importance=importance,
+    )
     return reference, about

@@ -320,6 +320,13 @@ class Drop(Part):
     drop: float = Field(default=0.02, gt=0)
 
 
+class Lean(Part):
+    """How far what the champion leans on may move before it counts."""
+
+    shift: float = Field(default=0.2, gt=0, le=1)
+    """Half of what the columns' shares of importance differ by, less what chance makes: 0 for none, 1 for all."""
+
+
 class DriftRules(Part):
     """When the monitor looks and at what, what it calls a violation, and in how many windows it must be seen."""
 
@@ -330,6 +337,7 @@ class DriftRules(Part):
     target: Move = Move(psi=0.1)
     prediction: Move = Move(psi=0.1)
     performance: Drop = Drop()
+    importance: Lean = Lean()
     violated: Annotated[str, AfterValidator(_windows)] = "2 of 3"
     """M of the newest N windows, the newest among them."""
 

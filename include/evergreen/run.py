@@ -328,6 +328,18 @@ class Difference(Value):
     estimate: Estimate
 
 
+class Importance(Value):
+    """What a model leans on: what is lost of the primary metric when a column's values are shuffled among the rows."""
+
+    column: str
+    loss: Estimate
+    """In units of the metric; below zero where the shuffle helps."""
+    share: float
+    """Of what all columns' losses come to, regardless of sign: -1 … 1."""
+    share_error: float | None
+    """The standard error of `share`; None where it cannot be resampled."""
+
+
 class Evaluated(Value):
     """Challenger and champion on the same hold-out rows."""
 
@@ -339,7 +351,9 @@ class Evaluated(Value):
     """The metric that decides."""
     holdout: Window
     plots: Ref | None = None
-    """Folder of ROC, precision-recall and calibration figures."""
+    """Folder of ROC, precision-recall and calibration figures, and of importance."""
+    importance: tuple[Importance, ...] = ()
+    """Of each column that the challenger takes, the greatest first; none in what was evaluated before there was any."""
 
     def summary(self) -> str:
         estimate = self.challenger.metrics[self.primary]

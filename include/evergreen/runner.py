@@ -171,9 +171,11 @@ def score(folder: Path, spec: JobSpec) -> dict[str, Any]:
     """`score`: the model's predictions for all rows, in one batch, and how long it takes for single ones.
 
     `output/predictions.parquet` has the column `prediction`, or `prediction_0` … `prediction_<k-1>` for k classes, in
-    the order of the rows. Latencies are of predicting a frame of one row, in ms. Raises EvaluationError when the
-    predictions are not what the task asks for.
+    the order of the rows. Latencies are of predicting a frame of one row, in ms. Of each folder in `input/samples`,
+    `output/samples/<name>.npy` has what `_swapped` predicts. Raises EvaluationError when the predictions are not what
+    the task asks for.
     """
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -189,7 +191,24 @@ def score(folder: Path, spec: JobSpec) -> dict[str, Any]:
         else {f"prediction_{k}": values[:, k] for k in range(values.shape[1])}
     )
     pq.write_table(pa.table(columns), folder / "output" / "predictions.parquet")
-    return {"metrics": {"rows": len(frame), **_latency_ms(model, frame)}}
+    latency = _latency_ms(model, frame)  # before the samples, which must not touch it
+    for sample in sorted((folder / "input" / "samples").glob("*")):
+        (folder / "output" / "samples").mkdir(exist_ok=True)
+        np.save(folder / "output" / "samples" / f"{sample.name}.npy", _swapped(model, sample, spec), allow_pickle=False)
+    return {"metrics": {"rows": len(frame), **latency}}
+
+
+def _swapped(model: Any, sample: Path, spec: JobSpec) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(1 + columns, n), or (1 + columns, n, k): predictions for `rows.parquet`; then, by column, with the partners' values.
+
+    `partners.parquet` has as many rows, and the columns that take part in their order.
+    """
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    rows, partners = (pq.read_table(sample / f"{name}.parquet").to_pandas() for name in ("rows", "partners"))
+    frames = (rows, *(rows.assign(**{name: partners[name]}) for name in partners))
+    return np.stack([checked_predictions(model.predict(frame), len(rows), spec) for frame in frames])
 
 
 def checked_predictions(predictions: Any, rows: int, spec: JobSpec) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -105,6 +105,10 @@ def test_a_version_is_registered_with_what_it_was_made_from(home):
     assert (profile.rows, profile.columns["height"].rows) == (1100, 1100)
     assert (profile.columns[PREDICTION].rows, profile.columns["flooded"].missing) == (300, 0)
     assert (about.metric, about.classes) == ("roc_auc", None)
+    assert [each.column for each in about.importance] == ["height", "wind"]
+    told = json.loads(home.registry.artifact(NAME, 1, "importance.json"))
+    assert [each["column"] for each in told["columns"]] == ["height", "wind"]
+    assert home.registry.artifact(NAME, 1, "plots/importance.png").startswith(b"\x89PNG")
     assert [each.end for each in about.usual] == [AS_OF - timedelta(days=back) for back in (0, 3, 6)]
 
 
@@ -271,6 +275,54 @@ def test_what_the_model_withstands_is_watched(home):
     found = watch(home, "northern")
     assert (found.kind, alert_of(found)) == ("withstood", None), found.reasons
     assert found.columns == ("station",)
+
+
+def swapped_truth(rows):
+    """Wind counts and height does not, so that the champion is as good as before only by what it leaned on less."""
+    chance = np.random.default_rng(int(rows["seen_at"][0].timestamp()))
+    truth = 3 * rows["wind"].to_numpy() + 0.5 * chance.normal(size=rows.height) > 0.5
+    return rows.with_columns(flooded=pl.Series(truth.astype("int64")))
+
+
+def test_what_the_champion_leans_on_is_seen_to_move(home):
+    """Another column matters than when it was made, which a drop within the rule withstands: it is watched, and said."""
+    home.write(triggers={"drift": RULES["drift"] | {"performance": {"drop": 0.9}}})
+    turn(home, swapped_truth)
+    found = watch(home, "leans")
+    assert (found.kind, found.columns) == ("withstood", ("importance",)), found.reasons
+    report = json.loads(watching.Store(home.settings).read_bytes(found.report))
+    shift = report["windows"][-1]["importance"]
+    assert shift["shift"] > shift["noise"]
+    told = {each["column"]: each for each in shift["columns"]}
+    assert told["height"]["before"] > told["wind"]["before"]
+    assert told["height"]["now"] < told["wind"]["now"]
+    assert any(reason.startswith("what the champion leans on moved by ") for reason in found.reasons)
+
+
+def test_what_a_window_leans_on_is_asked_once(home):
+    """A second look at the same windows starts no job: the machine has kept it, and finds the same without."""
+    first = watch(home, "asked")
+    kept = {file: file.stat().st_mtime_ns for file in (home.settings.cache / "importance").rglob("*.json")}
+    again = watch(home, "asked-again")
+    assert kept == {file: file.stat().st_mtime_ns for file in (home.settings.cache / "importance").rglob("*.json")}
+    shutil.rmtree(home.settings.cache / "importance")
+    assert watch(home, "asked-anew").report == again.report == first.report
+
+
+def test_a_version_without_importance_is_watched_as_before(home):
+    """One that was registered before there was any: everything else is compared."""
+    [file] = Path(home.settings.mlflow_artifacts).rglob(REFERENCE)
+    content = file.read_bytes()
+    about = json.loads(content)
+    del about["importance"]
+    file.write_text(json.dumps(about))
+    try:
+        found = watch(home, "no-importance")
+    finally:
+        file.write_bytes(content)
+    report = json.loads(watching.Store(home.settings).read_bytes(found.report))
+    assert found.kind == "quiet"
+    assert {each["importance"] for each in report["windows"]} == {None}
 
 
 def test_the_same_season_before_holds(tmp_path):

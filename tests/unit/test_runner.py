@@ -82,8 +82,8 @@ def train(settings, source=TRAIN, **changes):
     return finish(settings, "train", fill, **{"call": "model:train", **changes})
 
 
-def score(settings, prediction, **changes):
-    """The predictions of a model whose `predict` returns this expression."""
+def score(settings, prediction, sample=None, **changes):
+    """The predictions of a model whose `predict` returns this expression; `sample` is rows and their partners."""
 
     def fill(folder):
         (folder / "model").mkdir()
@@ -92,6 +92,10 @@ def score(settings, prediction, **changes):
         (folder / "rows").mkdir()
         ROWS[:3].drop("y").write_parquet(folder / "rows" / "0.parquet")
         ROWS[3:].drop("y").write_parquet(folder / "rows" / "1.parquet")
+        if sample is not None:
+            (folder / "samples" / "0").mkdir(parents=True)
+            for name, frame in zip(("rows", "partners"), sample, strict=True):
+                frame.write_parquet(folder / "samples" / "0" / f"{name}.parquet")
 
     handle, result = finish(settings, "score", fill, **changes)
     return pl.read_parquet(handle.output / "predictions.parquet"), result
@@ -276,6 +280,18 @@ def test_single_rows_are_timed(settings):
     source = "__import__('time').sleep(0.002 if len(frame) == 1 else 0.5) or [0.5] * len(frame)"
     _, result = score(settings, source)
     assert 2 <= result.metrics["latency_p50_ms"] <= result.metrics["latency_p95_ms"] < 500
+
+
+def test_samples_are_predicted_as_they_are_and_by_column_with_their_partners(settings):
+    """One column at a time, in the order of the partners' columns; the rows' own predictions and number stay theirs."""
+    rows = pl.DataFrame({"x": [0.1, 0.2], "z": [1.0, 2.0], "t": [0, 1]})
+    partners = pl.DataFrame({"z": [2.0, 1.0], "x": [0.2, 0.1]})
+    source = "frame['x'].to_numpy() + (10 * frame['z'].to_numpy() if 'z' in frame else 0)"
+    predictions, result = score(settings, source, (rows, partners), task="regression")
+    swapped = np.load(settings.jobs / "job" / "output" / "samples" / "0.npy")
+    assert swapped == pytest.approx(np.array([[10.1, 20.2], [20.1, 10.2], [10.2, 20.1]]))
+    assert predictions["prediction"].to_list() == ROWS["x"].to_list()
+    assert result.metrics["rows"] == 4
 
 
 def test_classes_have_a_column_each(settings):

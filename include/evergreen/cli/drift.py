@@ -54,7 +54,7 @@ def drift(
     if as_json:
         show_json({**watched.model_dump(mode="json"), "measured": _measured(settings, watched), "file": page})
     else:
-        _show(settings, watched, page)
+        _show(settings, loaded.triggers.drift or DriftRules(), watched, page)
     if open_page and page is not None:
         typer.launch(page)
 
@@ -103,7 +103,7 @@ def _kept(settings: Settings, watched: Watched) -> str | None:
     return str(file)
 
 
-def _show(settings: Settings, watched: Watched, page: str | None) -> None:
+def _show(settings: Settings, rules: DriftRules, watched: Watched, page: str | None) -> None:
     console = out()
     head = f"{watched.pack}  as of {minute(watched.as_of)}"
     if watched.windows:
@@ -118,7 +118,19 @@ def _show(settings: Settings, watched: Watched, page: str | None) -> None:
     if measured is not None:
         newest = measured["windows"][-1]
         violated = {each["column"] for each in newest["violated"]}
-        table = plain_table("column", "psi", "usual", "missing", "before", "violated")
+        told = next((each for each in reversed(measured["windows"]) if each["importance"]), None)
+        shift = told["importance"] if told else {"columns": []}
+        leanings = {each["column"]: each for each in shift["columns"]}
+        if told:
+            allowed = rules.importance.shift
+            chance = "" if shift["noise"] is None else f", chance leaves up to {shift['noise']:.2f}"
+            console.print(
+                f"what version {watched.champion} leans on, until {told['end'][:10]}: moved by {shift['shift']:.2f} of 1 "
+                f"(the pack allows {allowed:g}{chance})"
+            )
+        table = plain_table(
+            "column", "psi", "usual", "missing", "before", *(["importance"] if told else []), "violated"
+        )
         rows = sorted(newest["columns"], key=lambda each: (each["name"] not in violated, -(each["psi"] or 0)))
         for each in rows:
             of_it = [found["measure"] for found in newest["violated"] if found["column"] == each["name"]]
@@ -128,11 +140,16 @@ def _show(settings: Settings, watched: Watched, page: str | None) -> None:
                 _number(each["usual"]),
                 f"{each['missing']:.1%}",
                 f"{each['missing_before']:.1%}",
+                *([_leaning(leanings.get(each["name"]))] if told else []),
                 ", ".join(of_it),
             )
         console.print(table)
     if page is not None:
         console.print(f"report: {page}", soft_wrap=True)
+
+
+def _leaning(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"{found['before']:.0%} → {found['now']:.0%}"
 
 
 def _number(value: float | None) -> str:

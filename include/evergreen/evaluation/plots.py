@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evergreen.evaluation.metrics import BINS, Array, Rows, calibration_bins, curve, value
+from evergreen.run import Importance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ FAINT = "#94a3b8"
 POINTS = 400
 """A curve of 13 000 thresholds is drawn by as many points as its figure can show."""
 LABELLED = 20
-"""Most classes whose names and counts still fit into a confusion matrix."""
+"""Most classes whose names and counts still fit into a confusion matrix, and columns into a figure."""
 
 
 def draw(
@@ -54,6 +55,23 @@ def draw(
         figures = {"predicted_and_true": _predicted_and_true(models)}
     folder.mkdir(parents=True, exist_ok=True)
     return [_save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+
+
+def draw_importance(importance: Sequence[Importance], metric: str, folder: Path) -> Path:
+    """`importance.png` in `folder`: each column's loss with its interval; of many columns the greatest."""
+    shown = importance[:LABELLED]
+    figure, (axes,) = _panels(1, width=5.2)
+    for place, each in enumerate(shown):
+        colour = COLOURS[0] if each.loss.value > 0 else COLOURS[1]
+        axes.barh(place, each.loss.value, height=0.62, color=colour, linewidth=0)
+        if each.loss.low is not None and each.loss.high is not None:
+            axes.plot([each.loss.low, each.loss.high], [place, place], color=INK, linewidth=1)
+    axes.axvline(0, color=FAINT, linewidth=1)
+    axes.set_yticks(range(len(shown)), [each.column for each in shown], fontsize=9)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    rest = f", the first {len(shown)} of {len(importance)}" if len(importance) > len(shown) else ""
+    _words(axes, f"What it leans on{rest}", f"loss of {metric} when the column is shuffled, with its interval", "")
+    return _save(figure, folder / "importance.png")
 
 
 def _roc(models: Mapping[str, Rows]) -> Figure:

@@ -79,7 +79,7 @@ def difference(
 def estimate(rows: Rows, metric: str, confidence: float) -> Estimate:
     """The metric on `rows` with its interval, kept within the values the metric can take."""
     limits = METRICS[rows.task][metric]
-    found = _jackknife(value(rows, metric), figures(rows, metric, _without_each(rows)), confidence)
+    found = jackknife(value(rows, metric), figures(rows, metric, without_each(rows)), confidence)
     if found.low is None or found.high is None:
         return found
     return Estimate(value=found.value, low=max(found.low, limits.least), high=min(found.high, limits.most))
@@ -87,28 +87,35 @@ def estimate(rows: Rows, metric: str, confidence: float) -> Estimate:
 
 def paired(challenger: Rows, champion: Rows, metric: str, confidence: float) -> Estimate:
     """Challenger minus champion on the same rows, with its interval."""
-    without = _without_each(challenger)
-    return _jackknife(
+    without = without_each(challenger)
+    return jackknife(
         value(challenger, metric) - value(champion, metric),
         figures(challenger, metric, without) - figures(champion, metric, without),
         confidence,
     )
 
 
-def _without_each(rows: Rows) -> Array:
+def without_each(rows: Rows) -> Array:
     """(G, partitions) weights: replicate g counts every partition but the g-th, or but the g-th run of neighbours."""
     left_out = min(rows.partitions, MOST)
     group = np.arange(rows.partitions) * left_out // rows.partitions
     return np.where(group == np.arange(left_out)[:, None], 0.0, 1.0)
 
 
-def _jackknife(whole: float, without: Array, confidence: float) -> Estimate:
-    """θ ± t(G - 1) · se, as the module says; no bounds for one partition, or where θ₋g is undefined for some g."""
-    partitions = len(without)
-    if partitions < 2 or np.isnan(without).any():
+def jackknife(whole: float, without: Array, confidence: float) -> Estimate:
+    """θ ± t(G - 1) · se, as the module says; no bounds where there is no se."""
+    error = standard_error(whole, without)
+    if error is None:
         return Estimate(value=whole)
     from scipy.special import stdtrit  # scipy.stats would cost 0.7 s of import
 
-    error = np.sqrt((partitions - 1) / partitions * np.sum((without - whole) ** 2))
-    reach = float(stdtrit(partitions - 1, (1 + confidence) / 2) * error)
+    reach = float(stdtrit(len(without) - 1, (1 + confidence) / 2) * error)
     return Estimate(value=whole, low=whole - reach, high=whole + reach)
+
+
+def standard_error(whole: float, without: Array) -> float | None:
+    """se, as the module says; None for one partition, or where θ₋g is undefined for some g."""
+    partitions = len(without)
+    if partitions < 2 or np.isnan(without).any():
+        return None
+    return float(np.sqrt((partitions - 1) / partitions * np.sum((without - whole) ** 2)))

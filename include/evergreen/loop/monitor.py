@@ -26,7 +26,19 @@ from evergreen.looks import PROFILE, REFERENCE, Reference
 from evergreen.monitoring.drift import Drift, Kind, Performance, Triage, compare, triage
 from evergreen.pack import DriftRules, Pack
 from evergreen.registry.models import ModelVersion, Registry
-from evergreen.run import Ingested, Manifest, Ref, Run, Validated, Value, Window, Windows, digest, period_name
+from evergreen.run import (
+    Importance,
+    Ingested,
+    Manifest,
+    Ref,
+    Run,
+    Validated,
+    Value,
+    Window,
+    Windows,
+    digest,
+    period_name,
+)
 from evergreen.settings import Settings
 from evergreen.triggers import senders, signatures
 from evergreen.work import manifest_of
@@ -111,6 +123,7 @@ class Watcher:
         self.run, self.store, self.champion, self.manifest, self.rules = run, store, champion, manifest, rules
         self._known: dict[Window, tuple[Profile, Drift]] = {}
         self._predictions: dict[str, np.ndarray] = {}
+        self._importance: dict[Window, tuple[Importance, ...]] = {}
         self._usual = [
             each for each in champion.reference.usual if abs((each.end - each.start) - rules.window) < timedelta(days=1)
         ]
@@ -126,18 +139,59 @@ class Watcher:
         more = [window for window in found[self.rules.of : WINDOWS] if window.start >= self.champion.seen.end]
         return [*reversed(more), *reversed(found[: self.rules.of])]
 
-    def score(self, windows: Sequence[Window]) -> None:
-        """Have the champion's predictions for all rows of `windows` that it has not seen, by one job.
+    def score(self, *looked: Sequence[Window]) -> None:
+        """Have the champion's predictions for all rows that it has not seen, and what it leans on, by one job.
 
-        Raises EvaluationError where the champion cannot predict them: without, they are looked at all the same.
+        Each of `looked` is what one look sees, the oldest window first; as many windows as the rules confirm by, the
+        newest with labels, are asked for importance. Raises EvaluationError where the champion cannot predict the rows:
+        without, they are looked at all the same.
         """
+        unseen = [[window for window in windows if not window.overlaps(self.champion.seen)] for windows in looked]
         parts = {
-            part.identity: part
-            for window in windows
-            if not window.overlaps(self.champion.seen)
-            for part in self.manifest.within(window)
+            part.identity: part for windows in unseen for window in windows for part in self.manifest.within(window)
         }
-        self._predictions = looks.predictions(self.run, self.store, self.champion.model, list(parts.values()))
+        samples = self._samples(unseen) if self.champion.reference.importance else {}
+        self._predictions, swapped = looks.predictions(
+            self.run, self.store, self.champion.model, list(parts.values()), list(samples.values())
+        )
+        reference = self.champion.reference
+        for (window, sample), found in zip(samples.items(), swapped, strict=True):
+            told = looks.importance_of(self.run, sample, found, reference.metric, reference.classes)
+            self._importance[window] = told
+            looks.keep_importance(self._kept(window), told)
+
+    def _samples(self, unseen: Sequence[Sequence[Window]]) -> dict[Window, looks.Sample]:
+        """Rows of the windows whose importance this machine does not know yet; what it knows is taken over."""
+        samples: dict[Window, looks.Sample] = {}
+        unlabelled = set()
+        for windows in unseen:
+            left = self.rules.of
+            for window in reversed(windows):
+                if not left or window in unlabelled:
+                    continue
+                if window not in self._importance and window not in samples:
+                    known = looks.kept_importance(self._kept(window))
+                    sample = None if known is not None else self._sample(window)
+                    if known is not None:
+                        self._importance[window] = known
+                    elif sample is not None:
+                        samples[window] = sample
+                    else:
+                        unlabelled.add(window)
+                        continue
+                left -= 1
+        return samples
+
+    def _sample(self, window: Window) -> looks.Sample | None:
+        import polars as pl
+
+        rows = [(part, pl.read_parquet(self.store.path(part.object))) for part in self.manifest.within(window)]
+        columns = sorted(each.column for each in self.champion.reference.importance)
+        return looks.sample(rows, self.run.pack.data.target, columns) if rows else None
+
+    def _kept(self, window: Window) -> Path:
+        parts = self.manifest.within(window)
+        return looks.importance_file(self.run, self.champion.model, parts, self.champion.reference.metric)
 
     def drift(self, window: Window) -> Drift:
         """The window beside what the champion was made from."""
@@ -162,6 +216,7 @@ class Watcher:
                 self.run.pack.data,
                 usual=self._usual,
                 performance=self._performance(window, scored),
+                importance=(self.champion.reference.importance, self._importance.get(window, ())),
             )
             self._known[window] = (profile, drift)
         return self._known[window]
@@ -174,9 +229,7 @@ class Watcher:
         truths, predicted, clusters = [], [], []
         for place, part in enumerate(part for part in self.manifest.within(window) if part.identity in scored):
             column = self._target(part.object)
-            there = (
-                column.is_not_null() & column.is_not_nan() if column.dtype.is_float() else column.is_not_null()
-            ).to_numpy()
+            there = looks.labelled(column)
             truths.append(column.filter(there).to_numpy())
             predicted.append(scored[part.identity][there])
             clusters.append(np.full(int(there.sum()), place))
@@ -267,9 +320,8 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
             "season": before[0].hash if before else None,
         },
         parameters={"rules": rules.model_dump(mode="json"), "confidence": pack.gate.primary.confidence},
-        code=tuple(
-            PACKAGE / name for name in ("loop/monitor.py", "looks.py", "work.py", "runner.py", "evaluation/metrics.py")
-        )
+        code=tuple(PACKAGE / name for name in ("loop/monitor.py", "looks.py", "work.py", "runner.py"))
+        + tuple(PACKAGE / "evaluation" / f"{name}.py" for name in ("metrics", "significance", "importance"))
         + tuple(PACKAGE.glob("monitoring/*.py")),
         act=act,
         outputs=lambda value: [ref for ref in (value.report, value.page, value.profile) if ref is not None],
@@ -290,7 +342,7 @@ def backwards(run: Run, manifest: Manifest, as_ofs: Sequence[datetime]) -> list[
         raise RegistryError(_unwatched(pack, version), fix=f"evergreen run {pack.name}")
     watcher = Watcher(run, store, known, manifest, rules)
     looked = [watcher.windows(as_of) for as_of in as_ofs]
-    watcher.score([window for windows in looked for window in windows])
+    watcher.score(*looked)
     found = []
     for windows in looked:
         newest = windows[-1]

@@ -15,11 +15,16 @@ n and m their known rows; the bins are the reference's deciles, or its values (t
     sentinel      share of rows that hold -1 or ±99…9 out there, with nothing near it: a mark for no value
     scale         how many times as wide the window's middle nine tenths are
 
+Of the champion, where labels have arrived: by how much what it leans on has moved, ½ Σ |b - a| over the columns' shares
+of importance (`run.Importance`) on the hold-out, a, and on the window, b; the total variation of two profiles: 0 … 1.
+
 Chance. Where nothing changed, PSI is about (1/n + 1/m) χ² with bins - 1 degrees of freedom: a bias of
 (bins - 1)(1/n + 1/m), and a noise that small windows are full of (Yurdakul, Naranjo, "Statistical properties of the
 population stability index", Journal of Risk Model Validation 14(4), 2020). The bias is subtracted, and a violation is
 past the pack's threshold *and* past what chance leaves at `NOMINAL` over all that is tested in a window together
-(Bonferroni). So is every share. The threshold is an effect size: in large windows it alone decides.
+(Bonferroni). So is every share. Of what a model leans on, each share has a standard error on both sides, s² = s_a² + s_b²:
+of ½ Σ |b - a| chance alone makes ½ Σ s √(2/π), the mean of half-normal distances, which is subtracted, and spreads it by
+½ √(Σ s² (1 - 2/π)). The threshold is an effect size: in large windows it alone decides.
 
 Rows of one hour share its weather, and days differ: chance reaches further than that. So what is usual may be handed in:
 windows from the reference's own time beside the reference. A move is past the furthest of them, too, and missing values
@@ -36,7 +41,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from evergreen.pack import Data, DriftRules
-from evergreen.run import Estimate, Value, count
+from evergreen.run import Estimate, Importance, Value, count
 
 if TYPE_CHECKING:
     from evergreen.monitoring.profiles import ColumnProfile, Floats, Profile
@@ -70,6 +75,8 @@ RENAMED = 0.05
 """A category of at least this share that vanishes as another of its size appears has been renamed."""
 PACE = 0.1
 """Rows arriving at less than this of the reference's pace are a source that stopped."""
+LEANINGS = 3
+"""Columns that are named where what the champion leans on has moved."""
 EVIDENCE = 50
 """Most violations that an alert carries, the gravest first: an inbox takes 64 KiB."""
 
@@ -119,14 +126,34 @@ def _reach(estimate: Estimate) -> tuple[float, float] | None:
     return estimate.value - estimate.low, estimate.high - estimate.value
 
 
+class Leaning(Value):
+    """One column's share of what the champion leans on: below zero where it would do better without."""
+
+    column: str
+    before: float
+    """On the hold-out of its making."""
+    now: float
+
+
+class ImportanceShift(Value):
+    """By how much what the champion leans on has moved."""
+
+    shift: float
+    """0 … 1, less its bias; never below zero."""
+    noise: float | None
+    """What chance alone may leave of `shift`; None where that cannot be told: then it violates nothing."""
+    columns: tuple[Leaning, ...]
+    """What moved furthest first."""
+
+
 class Finding(Value):
     """A rule that a window violates."""
 
-    kind: Literal["fault", "feature", "target", "prediction", "performance"]
+    kind: Literal["fault", "feature", "target", "prediction", "performance", "importance"]
     column: str | None
     """None where it is about the window as a whole, or the model."""
     measure: str
-    """`psi`, `new`, `drop`; of a fault `missing`, `range`, `sentinel`, `unit`, `renamed`, `type`, `gone`, `rows`, `stale`
+    """`psi`, `new`, `drop`, `shift`; of a fault `missing`, `range`, `sentinel`, `unit`, `renamed`, `type`, `gone`, `rows`, `stale`
     or `labels`."""
     value: float
     limit: float
@@ -181,6 +208,7 @@ class Drift(Value):
     newest_row_days: float | None
     """How long before the end of the window its newest row is; None where that is not known."""
     performance: Performance | None = None
+    importance: ImportanceShift | None = None
     violated: tuple[Finding, ...] = ()
 
     @cached_property
@@ -212,16 +240,19 @@ def compare(
     *,
     usual: Sequence[Drift] = (),
     performance: Performance | None = None,
+    importance: tuple[Sequence[Importance], Sequence[Importance]] = ((), ()),
 ) -> Drift:
     """The window beside the reference, by the pack's rules.
 
     Both hold the pack's columns, the predictions under `PREDICTION`, and the target where its labels have arrived.
     `usual`: windows of this length from the reference's own time, beside the reference. `performance`: the champion's
-    figures, where labels have arrived.
+    figures, where labels have arrived; `importance`: what it leans on, on its hold-out and on the window.
     """
     roles: dict[str, Role] = {data.target: "target", PREDICTION: "prediction"}
     pairs = [(before, window.columns[name]) for name, before in reference.columns.items() if name in window.columns]
-    chance = NOMINAL / (3 * len(pairs) + 1)  # of each column psi, missing, and new or far; of the window its rows
+    chance = NOMINAL / (
+        3 * len(pairs) + 2
+    )  # of each column psi, missing, and new or far; of the window its rows; shift
     columns: list[ColumnDrift] = []
     findings = [*_arrival(reference, window, data, chance)]
     for before, now in pairs:
@@ -232,7 +263,10 @@ def compare(
     findings += [_fault(name, "gone", 1, 0, f"{name} is gone: the window has no such column") for name in gone]
     if performance is not None:
         findings += _performance(performance, rules)
-    order = ("fault", "performance", "target", "prediction", "feature")
+    shift = _shift(*importance, chance)
+    if shift is not None:
+        findings += _importance(shift, rules)
+    order = ("fault", "performance", "target", "prediction", "importance", "feature")
     findings.sort(key=lambda each: (order.index(each.kind), -each.value / (each.limit or 1)))
     return Drift(
         start=window.start,
@@ -246,6 +280,7 @@ def compare(
         model_age_days=_days(reference.end, window.end),
         newest_row_days=_silence(window, data),
         performance=performance,
+        importance=shift,
         violated=tuple(findings),
     )
 
@@ -254,16 +289,18 @@ def triage(history: Sequence[Drift], rules: DriftRules, season: Drift | None = N
     """What kind of change the newest windows show, oldest first, all against the same champion.
 
     `season`: the newest window beside the same season before, where the history has it. A move is confirmed where the
-    newest window and M of the newest N show it in the same column; a drop, where those with labels do. Of a window with
-    a fault, only the fault counts. The first line that holds decides:
+    newest window and M of the newest N show it in the same column; a drop, or that the champion leans on other columns
+    than it did (importance), where those with labels do. Of a window with a fault, only the fault counts. The first line
+    that holds decides:
 
         data fault   the newest window has a fault: nulls, types, renamed categories, a unit, values far out of range, a
                      source that stopped, labels turned round. A unit or a range that got there by steps is a move
         shift        performance has dropped
-        quiet        no move is confirmed
-        seasonal     no column that moved is other than in the same season before
+        quiet        no move is confirmed, nor that importance moved
+        seasonal     columns moved, and none is other than in the same season before
         shift        the target moved and the predictions did not move with it
         withstood    the windows that moved and have labels show on average no drop past the pack's rule, proven or not
+        shift        importance moved; by the line above, with a drop that is not proven
         shift        no such labels yet, and the predictions moved, or there are none
         withstood    no such labels yet, and the predictions did not move
     """
@@ -275,32 +312,43 @@ def triage(history: Sequence[Drift], rules: DriftRules, season: Drift | None = N
     recent = sound[-rules.of :]
     labelled = [each for each in sound if each.performance is not None][-rules.of :]
     moves = [each for each in newest.violated if each.kind in ("feature", "target", "prediction")]
-    drops = [each for each in (labelled[-1].violated if labelled else ()) if each.kind == "performance"]
+    judged = labelled[-1].violated if labelled else ()
+    drops = [each for each in judged if each.kind == "performance"]
+    leanings = [each for each in judged if each.kind == "importance"]
     moved = [each for each in moves if _seen(recent, each) >= rules.seen]
     dropped = [each for each in drops if _seen(labelled, each) >= rules.seen]
+    leant = [each for each in leanings if _seen(labelled, each) >= rules.seen]
     columns = {each.column for each in moved}
-    told = [each.performance for each in recent if each.performance and any(move.rule in each.rules for move in moved)]
+    told = [
+        each.performance
+        for each in (labelled if leant else recent)
+        if each.performance and any(move.rule in each.rules for move in (*moved, *leant))
+    ]
     held = told and sum(each.drop.value for each in told) / len(told) <= rules.performance.drop
     predicted = _reading(newest, PREDICTION)
     unconfirmed = [(recent, each) for each in moves if _seen(recent, each) < rules.seen]
-    unconfirmed += [(labelled, each) for each in drops if _seen(labelled, each) < rules.seen]
+    unconfirmed += [(labelled, each) for each in (*drops, *leanings) if _seen(labelled, each) < rules.seen]
+
+    what = _named(columns) or "what the champion leans on"
 
     kind: Kind
     if faults:
         kind, head = "data fault", [each.sentence for each in faults]
-        moved, unconfirmed = [], []
+        moved, leant, unconfirmed = [], [], []
     elif dropped:
         kind, head = "shift", [_in_windows(labelled, each) for each in dropped]
-    elif not moved:
+    elif not moved and not leant:
         kind, head = "quiet", ["nothing moved further than the pack allows"] if not unconfirmed else []
-    elif season is not None and not any(each.rule in season.rules for each in moved):
+    elif moved and season is not None and not any(each.rule in season.rules for each in moved):
         kind, head = "seasonal", [f"{_named(columns)} moved, as in the same season before, {_span(season)}"]
     elif any(each.kind == "target" for each in moved) and PREDICTION not in columns:
         kind, head = "shift", ["the target moved, and the predictions did not move with it"]
     elif held:
-        kind, head = "withstood", [f"{_named(columns)} moved, and performance held: {_figure(told[-1])}"]
+        kind, head = "withstood", [f"{what} moved, and performance held: {_figure(told[-1])}"]
+    elif leant:
+        kind, head = "shift", [f"{what} moved, and performance may have dropped: {_figure(told[-1])}"]
     elif PREDICTION in columns or predicted is None:
-        what = "the predictions moved" if predicted else f"{_named(columns)} moved, with no predictions to look at"
+        what = "the predictions moved" if predicted else f"{what} moved, with no predictions to look at"
         labels = (
             f"performance may have dropped: {_figure(told[-1])}"
             if told
@@ -308,10 +356,11 @@ def triage(history: Sequence[Drift], rules: DriftRules, season: Drift | None = N
         )
         kind, head = "shift", [f"{what}, and {labels}"]
     else:
-        kind, head = "withstood", [f"{_named(columns)} moved, and the predictions did not"]
+        kind, head = "withstood", [f"{what} moved, and the predictions did not"]
     reasons = [
         *head,
         *(_in_windows(recent, each) for each in moved),
+        *(_in_windows(labelled, each) for each in leant),
         *(f"{_in_windows(seen, each)}: not confirmed, that takes {rules.violated}" for seen, each in unconfirmed),
         *(
             f"{each.sentence}: it got there by steps, so it is no fault"
@@ -388,6 +437,9 @@ def _evidence(recent: Sequence[Drift], newest: Drift, season: Drift | None) -> d
     }
     if newest.performance is not None:
         evidence["performance"] = newest.performance.model_dump(mode="json")
+    if newest.importance is not None:
+        shift = newest.importance
+        evidence["importance"] = shift.model_copy(update={"columns": shift.columns[:LEANINGS]}).model_dump(mode="json")
     if season is not None:
         evidence["season"] = {"start": season.reference_start.isoformat(), "end": season.reference_end.isoformat()}
     return evidence
@@ -652,6 +704,41 @@ def _performance(performance: Performance, rules: DriftRules) -> Iterator[Findin
         limit=limit,
         sentence=f"{sentence}, the pack allows {limit:g}",
     )
+
+
+def _shift(reference: Sequence[Importance], window: Sequence[Importance], chance: float) -> ImportanceShift | None:
+    """By how much the shares of importance have moved, as the module says; None where a side has none."""
+    if not reference or not window:
+        return None
+    before, now = ({each.column: each for each in side} for side in (reference, window))
+    columns, errors = [], []
+    for name in dict.fromkeys((*before, *now)):
+        sides = [side[name] for side in (before, now) if name in side]
+        shares = (side[name].share if name in side else 0.0 for side in (before, now))
+        columns.append(Leaning(column=name, **dict(zip(("before", "now"), map(_short, shares), strict=True))))
+        errors.append([each.share_error for each in sides])
+    columns.sort(key=lambda each: (-abs(each.now - each.before), each.column))
+    raw = sum(abs(each.now - each.before) for each in columns) / 2
+    known = [[error for error in each if error is not None] for each in errors]
+    if known != errors:
+        return ImportanceShift(shift=_short(raw), noise=None, columns=tuple(columns))
+    sizes = [math.hypot(*each) for each in known]
+    bias, spread = (sum(sizes) / 2 * math.sqrt(2 / math.pi), math.hypot(*sizes) / 2 * math.sqrt(1 - 2 / math.pi))
+    return ImportanceShift(
+        shift=_short(max(0.0, raw - bias)),
+        noise=_short(NormalDist().inv_cdf(1 - chance) * spread),
+        columns=tuple(columns),
+    )
+
+
+def _importance(shift: ImportanceShift, rules: DriftRules) -> Iterator[Finding]:
+    """That the champion leans on other columns than it did."""
+    limit = rules.importance.shift
+    if shift.noise is None or shift.shift <= max(limit, shift.noise):
+        return
+    named = ", ".join(f"{each.column} {each.before:.0%} → {each.now:.0%}" for each in shift.columns[:LEANINGS])
+    sentence = f"what the champion leans on moved by {shift.shift:.2f} of 1, the pack allows {limit:g}: {named}"
+    yield Finding(kind="importance", column=None, measure="shift", value=shift.shift, limit=limit, sentence=sentence)
 
 
 def _fault(column: str | None, measure: str, value: float, limit: float, sentence: str) -> Finding:

@@ -28,6 +28,8 @@ BINS = 40
 """Steps of a number's histogram."""
 NAMES = 8
 """Most categories that are drawn by name."""
+LEANINGS = 12
+"""Most columns of which importance is drawn."""
 COLOURS: Mapping[Kind, str] = {
     "data fault": "fault",
     "shift": "shift",
@@ -74,6 +76,7 @@ def page(
             "</ul></section>",
             f"<section class=over><h2>Windows</h2>{_timeline(shown, history, found, rules)}{_performances(shown, rules)}",
             "</section>",
+            _leanings(shown, rules),
             _LEGEND,
             f"<section><h2>Violated</h2><div class=cards>{moved}</div></section>" if moved else "",
             f"<section><h2>Not moved</h2><div class=cards>{unmoved}</div></section>" if unmoved else "",
@@ -87,8 +90,9 @@ def page(
 def _rules(rules: DriftRules) -> str:
     return (
         f"A column has moved past a PSI of {rules.features.psi:g} (the target {rules.target.psi:g}, predictions "
-        f"{rules.prediction.psi:g}), past chance, and past what was usual; a drop counts past {rules.performance.drop:g}. "
-        f"Either must be seen in {rules.violated} windows, the newest among them. A fault counts at once."
+        f"{rules.prediction.psi:g}), past chance, and past what was usual; a drop counts past {rules.performance.drop:g}, and a move of what the champion "
+        f"leans on past {rules.importance.shift:g} and past chance. "
+        f"Each must be seen in {rules.violated} windows, the newest among them. A fault counts at once."
     )
 
 
@@ -144,6 +148,27 @@ def _performances(shown: Sequence[Drift], rules: DriftRules) -> str:
         lines += f'<text {at} y="{y(value) + 4:.1f}">{value:.3f}</text>'
     what = f"{last.metric} of the champion: at promotion {last.reference.value:.3f}, the pack allows {allowed:.3f}"
     return f"<h3>{escape(what)}</h3>{_svg(wide, tall, lines + marks, what, 'wide')}"
+
+
+def _leanings(shown: Sequence[Drift], rules: DriftRules) -> str:
+    """What the champion leaned on when it was made, and leans on in the newest window whose labels have arrived."""
+    told = [(each, each.importance) for each in shown if each.importance is not None]
+    if not told:
+        return ""
+    window, shift = told[-1]
+    off = any(found.kind == "importance" for found in window.violated)
+    head = f"moved by {shift.shift:.2f} of 1, the pack allows {rules.importance.shift:g}"
+    if shift.noise is not None:
+        head += f", chance leaves up to {shift.noise:.2f}"
+    order = sorted(shift.columns, key=lambda each: (-max(each.before, each.now), each.column))
+    rows = [(each.column, each.before, each.now) for each in order[:LEANINGS]]
+    rest = f" The other {len(order) - LEANINGS} columns matter less." if len(order) > LEANINGS else ""
+    return (
+        f"<section class=over><h2>What the champion leans on</h2><p{' class=finding' if off else ''}>{escape(head)}.</p>"
+        f"<article>{_pairs(rows, 'shares of importance, as they were and as they are')}</article>"
+        f"<p class=note>{_day(window.start)} … {_day(window.end)} beside the hold-out of its making: each column's share of "
+        f"what all lose when shuffled; below zero, the champion would do better without.{rest}</p></section>"
+    )
 
 
 def _card(column: ColumnDrift, shown: Sequence[Drift], rules: DriftRules, reference: Profile, window: Profile) -> str:
@@ -238,6 +263,11 @@ def _bars(names: Sequence[str], before: Mapping[str, float], now: Mapping[str, f
     rest = [max(0.0, sum(each.values()) and 1 - sum(each.get(name, 0.0) for name in names)) for each in (before, now)]
     if max(rest) > 0.0005:
         rows.append(("all others", rest[0], rest[1]))
+    return _pairs(rows, what)
+
+
+def _pairs(rows: Sequence[tuple[str, float, float]], what: str) -> str:
+    """Name, share before and share now, as two bars; a share below zero is told by its figure alone."""
     top = max((max(p, q) for _, p, q in rows), default=0) or 1
     drawn = []
     for place, (name, p, q) in enumerate(rows):
@@ -245,9 +275,9 @@ def _bars(names: Sequence[str], before: Mapping[str, float], now: Mapping[str, f
         short = name if len(name) <= 15 else name[:14] + "…"
         drawn.append(
             f'<text x=92 y="{y + 13}" text-anchor=end>{escape(short)}<title>{escape(name)}</title></text>'
-            f'<rect class=was x=98 y="{y + 2}" width="{p / top * 170:.1f}" height=8 />'
-            f'<rect class=is x=98 y="{y + 11}" width="{q / top * 170:.1f}" height=4 />'
-            f'<text x="{104 + max(p, q) / top * 170:.1f}" y="{y + 13}">{q:.1%}</text>'
+            f'<rect class=was x=98 y="{y + 2}" width="{max(p, 0) / top * 170:.1f}" height=8 />'
+            f'<rect class=is x=98 y="{y + 11}" width="{max(q, 0) / top * 170:.1f}" height=4 />'
+            f'<text x="{104 + max(p, q, 0) / top * 170:.1f}" y="{y + 13}">{q:.1%}</text>'
         )
     return _svg(320, 20 * len(rows), "".join(drawn), what)
 

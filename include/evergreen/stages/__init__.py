@@ -239,7 +239,8 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
 def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
     """Score challenger and champion on the same held-out rows, each in a fresh process through its own model folder.
 
-    A champion that is this very model is not compared with itself.
+    The challenger is also asked what it leans on; the champion was when it was made. A champion that is this very model
+    is not compared with itself.
     """
     pack, store = run.pack, Store(run.settings)
     registry = Registry(run.settings)
@@ -252,10 +253,11 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
         models = {"challenger": trained.model}
         if champion is not None and withheld is None:
             models["champion"] = looks.model_of(champion)
+        sample = looks.sample(rows, pack.data.target, trained.inputs)
         with work_folder(run) as folder:
-            scored = looks.score(run, store, rows, models)
+            scored = looks.score(run, store, rows, models, {"challenger": [sample] if sample else []})
             classes = scoring.classes_of(run, store, snapshot)
-            return scoring.compare(run, store, rows, scored, champion, trained, withheld, classes, folder)
+            return scoring.compare(run, store, rows, scored, sample, champion, trained, withheld, classes, folder)
 
     return perform(
         run,
@@ -495,17 +497,21 @@ def _as_of(champion: ModelVersion) -> datetime:
 def _artifacts(
     store: Store, pack: Pack, validated: Validated, evaluated: Evaluated, trained: Trained, folder: Path
 ) -> dict[str, Path]:
-    """What goes with the version beside the model: GX's result, the evaluation, the log, the model card, the figures."""
+    """What goes with the version beside the model: GX's result, the evaluation, importance, log, card, figures."""
     folder.mkdir()
     store.checkout(validated.result, folder / "validation.json")
     store.checkout(trained.log, folder / "training.log")
     (folder / "evaluation.json").write_text(evaluated.model_dump_json(indent=2), encoding="utf-8")
+    if evaluated.importance:
+        told = [each.model_dump(mode="json") for each in evaluated.importance]
+        found = {"metric": evaluated.primary, "holdout": evaluated.holdout.model_dump(mode="json"), "columns": told}
+        (folder / "importance.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
     (folder / "model_card.md").write_text(pack.card, encoding="utf-8")
-    found = {file.name: file for file in sorted(folder.iterdir())}
+    files = {file.name: file for file in sorted(folder.iterdir())}
     if evaluated.plots is not None:
         store.checkout(evaluated.plots, folder / "plots")
-        found["plots"] = folder / "plots"
-    return found
+        files["plots"] = folder / "plots"
+    return files
 
 
 def _reference(run: Run, store: Store, snapshot: Snapshot, evaluated: Evaluated, folder: Path) -> dict[str, Path]:
@@ -521,6 +527,7 @@ def _reference(run: Run, store: Store, snapshot: Snapshot, evaluated: Evaluated,
         looks.predictions_in(store.path(scored.predictions)),
         metric=evaluated.primary,
         figure=scored.metrics[evaluated.primary],
+        importance=evaluated.importance,
         classes=scoring.classes_of(run, store, snapshot),
     )
     (folder / looks.PROFILE).write_bytes(profile.to_bytes())

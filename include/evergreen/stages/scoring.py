@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evergreen import database as db
+from evergreen import looks
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError
-from evergreen.looks import model_of
 from evergreen.pack import TASK_METRICS
 from evergreen.registry import promotion
 from evergreen.registry.models import ModelVersion, Registry
@@ -21,6 +21,7 @@ from evergreen.run import (
     Difference,
     Evaluated,
     Evaluation,
+    Importance,
     Manifest,
     PartitionFile,
     Ref,
@@ -38,7 +39,6 @@ from evergreen.training import jobs
 from evergreen.work import manifest_of
 
 if TYPE_CHECKING:
-    import numpy as np
     import polars as pl
 
 
@@ -91,7 +91,8 @@ def compare(
     run: Run,
     store: Store,
     rows: list[tuple[PartitionFile, pl.DataFrame]],
-    scored: dict[str, tuple[Ref, np.ndarray, jobs.JobResult]],
+    scored: dict[str, looks.Scored],
+    sample: looks.Sample | None,
     champion: ModelVersion | None,
     trained: Trained,
     withheld: str | None,
@@ -119,16 +120,16 @@ def compare(
     groups = {rule.by: table[rule.by].cast(pl.String).fill_null("(missing)").to_numpy() for rule in pack.gate.slices}
 
     def evaluation(name: str, model: str, version: int | None, size: int) -> Evaluation:
-        ref, predicted, result = scored[name]
+        of_it = scored[name]
         return Evaluation(
             model=model,
             version=version,
             rows=table.height,
-            metrics=significance.intervals(task, truth, predicted, **how),
-            slices=slices.estimates(pack.gate, task, truth, predicted, columns=groups, **how),
-            latency_p95_ms=result.metrics.get("latency_p95_ms"),
+            metrics=significance.intervals(task, truth, of_it.predicted, **how),
+            slices=slices.estimates(pack.gate, task, truth, of_it.predicted, columns=groups, **how),
+            latency_p95_ms=of_it.result.metrics.get("latency_p95_ms"),
             size_bytes=size,
-            predictions=ref,
+            predictions=of_it.predictions,
         )
 
     challenger = evaluation("challenger", trained.model.hash, None, trained.model.size)
@@ -136,13 +137,17 @@ def compare(
     differences: tuple[Any, ...] = ()
     if champion is not None and withheld is not None:
         incumbent = Evaluation(
-            model=model_of(champion).hash, version=champion.version, rows=table.height, size_bytes=0, withheld=withheld
+            model=looks.model_of(champion).hash,
+            version=champion.version,
+            rows=table.height,
+            size_bytes=0,
+            withheld=withheld,
         )
     elif champion is not None:
-        model = model_of(champion)
+        model = looks.model_of(champion)
         size = sum(ref.size for ref in store.listing(model).values())
         incumbent = evaluation("champion", model.hash, champion.version, size)
-        pair = (scored["challenger"][1], scored["champion"][1])
+        pair = (scored["challenger"].predicted, scored["champion"].predicted)
         differences = (
             *(
                 Difference(
@@ -157,9 +162,13 @@ def compare(
     drawn = folder / "plots"
     drawn.mkdir()
     titles = {"challenger": "challenger", "champion": f"champion, version {champion.version}" if champion else ""}
-    plots.draw(
-        task, truth, {titles[name]: predicted for name, (_, predicted, _) in scored.items()}, drawn, classes=classes
-    )
+    plots.draw(task, truth, {titles[name]: each.predicted for name, each in scored.items()}, drawn, classes=classes)
+    importance: tuple[Importance, ...] = ()
+    if sample is not None:
+        swapped = scored["challenger"].swapped[0]
+        importance = looks.importance_of(run, sample, swapped, pack.gate.primary.metric, classes)
+    if importance:
+        plots.draw_importance(importance, pack.gate.primary.metric, drawn)
     figures = store.put(drawn)
     store.push([figures])
     return Evaluated(
@@ -170,6 +179,7 @@ def compare(
         primary=pack.gate.primary.metric,
         holdout=Window(start=rows[0][0].period, end=step(rows[-1][0].period, pack.data.partition)),
         plots=figures,
+        importance=importance,
     )
 
 

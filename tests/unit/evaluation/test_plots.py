@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from evergreen.errors import EvaluationError
-from evergreen.evaluation.plots import draw
+from evergreen.evaluation.plots import draw, draw_importance
+from evergreen.run import Estimate, Importance
 
 
 def binary(seed: int = 1):
@@ -107,3 +108,18 @@ def test_rows_that_cannot_be_judged_are_not_drawn(tmp_path):
     with pytest.raises(EvaluationError, match="roc_auc is undefined"):
         draw("binary", np.zeros(10), {"challenger": np.full(10, 0.5)}, tmp_path / "plots")
     assert not (tmp_path / "plots").exists()
+
+
+def test_importance_is_drawn_with_what_helps_and_what_hurts(tmp_path):
+    """Bars of two colours; of many columns the first; an interval that is not there is not drawn."""
+    losses = [0.2 - 0.01 * place for place in range(30)]
+    told = [
+        Importance(column=f"column {place}", loss=Estimate(value=loss), share=loss / 4, share_error=None)
+        for place, loss in enumerate(losses)
+    ]
+    several, few = (draw_importance(each, "roc_auc", tmp_path) for each in (told, told[19:22]))
+    assert several == few == tmp_path / "importance.png"
+    with Image.open(few) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    for colour in ((0x0F, 0x76, 0x6E), (0xC2, 0x41, 0x0C)):
+        assert (np.abs(pixels - colour).sum(axis=2) < 60).sum() > 100

@@ -22,12 +22,13 @@ from evergreen.monitoring.drift import (
     Drift,
     Finding,
     Performance,
+    _shift,
     compare,
     triage,
 )
 from evergreen.monitoring.profiles import profile
 from evergreen.pack import Data, DriftRules, Pack
-from evergreen.run import Estimate, Window, canonical_json
+from evergreen.run import Estimate, Importance, Window, canonical_json
 
 ROOT = Path(__file__).resolve().parents[3]
 RULES = DriftRules()
@@ -322,6 +323,63 @@ def test_a_model_that_is_surely_wrong_has_flipped_labels():
     assert measures(beside(rows, rows, performance=performance(0.2, chance=None))) == {("performance", "drop")}
 
 
+# What a model leans on
+
+
+def leaning(error: float | None = 0.02, **shares: float) -> list[Importance]:
+    return [
+        Importance(column=name, loss=Estimate(value=share / 10), share=share, share_error=error)
+        for name, share in shares.items()
+    ]
+
+
+def leant(before: list[Importance], now: list[Importance], rules=RULES) -> Drift:
+    rows = {"x": [1, 2] * 300}
+    return beside(rows, rows, importance=(before, now), rules=rules)
+
+
+def test_importance_shift_is_half_the_distance_of_the_shares_less_what_chance_makes():
+    """½ (.4 + .4), less ½ Σ s √(2/π) of two columns with s = .02 √2; nothing known of a column is a share of nought."""
+    found = leant(leaning(a=0.9, b=0.1), leaning(a=0.5, b=0.5)).importance
+    assert found.shift == pytest.approx(0.4 - 0.02 * math.sqrt(2) * math.sqrt(2 / math.pi), abs=1e-5)
+    assert [(each.column, each.before, each.now) for each in found.columns] == [("a", 0.9, 0.5), ("b", 0.1, 0.5)]
+    assert leant(leaning(a=1.0), leaning(b=1.0)).importance.shift > 0.95
+    assert leant(leaning(a=0.9, b=0.1), leaning(a=0.9, b=0.1)).importance.shift == 0
+
+
+def test_importance_that_moved_is_a_finding_past_the_rule_and_past_chance():
+    """Both: within the pack's rule, or within what its errors may make, or with no errors to tell by, it is none."""
+    before, now = {"a": 0.9, "b": 0.1}, {"a": 0.5, "b": 0.5}
+    [found] = leant(leaning(**before), leaning(**now)).violated
+    assert found.rule == ("importance", None, "shift")
+    assert "a 90% → 50%, b 10% → 50%" in found.sentence
+    lenient = DriftRules.model_validate({"importance": {"shift": 0.5}})
+    assert not leant(leaning(**before), leaning(**now), lenient).violated
+    for error in (0.2, None):
+        assert not leant(leaning(error, **before), leaning(error, **now)).violated
+
+
+def test_without_importance_on_either_side_nothing_is_said():
+    """A version from before there was any, or a window without labels."""
+    assert leant([], leaning(a=1.0)).importance is None
+    assert leant(leaning(a=1.0), []).importance is None
+
+
+def test_what_chance_makes_of_importance_is_no_finding():
+    """2,000 pairs of the same ten shares, each with an error: none moved past the nominal rate."""
+    rng = np.random.default_rng(3)
+    true = rng.dirichlet(np.ones(10))
+    names = [f"x{place}" for place in range(10)]
+
+    def measured() -> list[Importance]:
+        return leaning(0.15, **dict(zip(names, (true + rng.normal(0, 0.15, 10)).tolist(), strict=True)))
+
+    rules = DriftRules.model_validate({"importance": {"shift": 0.001}})
+    found = [_shift(measured(), measured(), NOMINAL) for _ in range(2000)]
+    assert sum(each.shift > each.noise for each in found) / 2000 <= 1.5 * NOMINAL
+    assert rules.importance.shift < max(each.shift for each in found)
+
+
 # What is usual
 
 
@@ -351,6 +409,7 @@ def finding(kind: str, name: str | None = "x", measure: str = "psi") -> Finding:
 
 
 DROP = finding("performance", None, "drop")
+LEANS = finding("importance", None, "shift")
 MOVED, TARGET, PREDICTED = finding("feature"), finding("target", "late"), finding("prediction", "prediction")
 
 
@@ -401,6 +460,11 @@ def kind(*violated: tuple[Finding, ...], season: Drift | None = None, **given) -
         ([(DROP,), (), (DROP,)], {"now": 0.7}, "shift"),
         ([(DROP, MOVED), (DROP, MOVED)], {"now": 0.7}, "shift"),
         ([(DROP,), (), ()], {"now": 0.7}, "quiet"),
+        ([(LEANS,), (), (LEANS,)], {"now": 0.79}, "withstood"),
+        ([(LEANS,), (), (LEANS,)], {"now": 0.75}, "shift"),
+        ([(LEANS,), (), ()], {"now": 0.75}, "quiet"),
+        ([(LEANS, DROP), (LEANS, DROP)], {"now": 0.7}, "shift"),
+        ([(LEANS, MOVED), (LEANS, MOVED)], {"now": 0.79}, "withstood"),
         ([(), (), (finding("fault", measure="missing"),)], {}, "data fault"),
         ([(DROP,), (DROP,), (DROP, finding("fault", measure="type"))], {"now": 0.7}, "data fault"),
     ],
@@ -416,6 +480,19 @@ def test_a_move_that_the_same_season_before_knew_is_seasonal():
     assert kind(*moves, season=week(0)) == "seasonal"
     assert kind(*moves, season=week(0, MOVED)) != "seasonal"
     assert kind(*[(MOVED, DROP)] * 2, season=week(0), now=0.7) == "shift"
+
+
+def test_a_season_does_not_speak_for_what_the_model_leans_on():
+    """Where only that moved, no column is as in the season before; where columns did too, they are."""
+    assert kind(*[(LEANS,)] * 2, season=week(0), now=0.79) == "withstood"
+    assert kind(*[(LEANS, MOVED)] * 2, season=week(0), now=0.79) == "seasonal"
+
+
+def test_what_the_model_leans_on_is_part_of_the_shifts_reasons():
+    """Beside the drop, and in what the alert carries."""
+    found = triage([week(number, LEANS, DROP, now=0.7) for number in range(2)], RULES)
+    assert found.reasons[1] == f"{LEANS.sentence}, in 2 of the newest 2 windows"
+    assert {"importance", "performance"} <= {each["kind"] for each in found.evidence["violated"]}
 
 
 def test_labels_that_come_late_confirm_by_the_windows_that_have_them():

@@ -17,7 +17,7 @@ from evergreen.monitoring import report
 from evergreen.monitoring.drift import Performance, Triage, compare, triage
 from evergreen.monitoring.profiles import profile
 from evergreen.pack import Data, DriftRules
-from evergreen.run import Estimate
+from evergreen.run import Estimate, Importance
 
 RULES = DriftRules()
 DATA = Data(target="late", event_time="at")
@@ -57,7 +57,14 @@ def told():
         window = profile(rows(number, moved=moved), START + number * WEEK, START + (number + 1) * WEEK)
         figure = Estimate(value=0.8 - 0.1 * moved, low=0.78 - 0.1 * moved, high=0.82 - 0.1 * moved)
         performance = Performance(metric="roc_auc", reference=Estimate(value=0.8, low=0.79, high=0.81), window=figure)
-        history.append(compare(reference, window, RULES, DATA, performance=performance))
+        leans = tuple(
+            [
+                Importance(column=name, loss=Estimate(value=share), share=share, share_error=0.02)
+                for name, share in shares.items()
+            ]
+            for shares in ({"distance": 0.8, "stops": 0.2}, {"distance": 0.8 - 0.9 * moved, "stops": 0.2 + 0.7 * moved})
+        )
+        history.append(compare(reference, window, RULES, DATA, performance=performance, importance=leans))
     return triage(history, RULES), history, reference, window
 
 
@@ -116,6 +123,14 @@ def test_the_page_says_what_was_decided_why_and_of_every_column_how_it_lies(told
         assert said in reader.text, said
     assert sum(tag == "article" for tag, _ in reader.found) == len(history[-1].columns)
     assert sum(tag == "li" and "title" in given for tag, given in reader.found) == len(history)
+
+
+def test_the_page_says_what_the_champion_leans_on(page):
+    """How far it moved, and each column's share; one below zero has its figure and no bar."""
+    text = read(page).text
+    assert "moved by 0.78 of 1, the pack allows 0.2, chance leaves up to 0.0" in text
+    assert "-10.0%" in text
+    assert 'width="-' not in page
 
 
 def test_what_is_violated_comes_before_what_is_not(page):
