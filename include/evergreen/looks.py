@@ -111,8 +111,8 @@ def score(
                     jobs.discard(run.settings, other.spec.id)
             raise
         file = handle.output / "predictions.parquet"
-        samples = sorted((handle.output / "samples").glob("*.npy"))
-        swapped = tuple(np.load(each, allow_pickle=False) for each in samples)
+        asked = sorted((handle.output / "samples").glob("*.npy"))
+        swapped = tuple(np.load(each, allow_pickle=False) for each in asked)
         scored[name] = Scored(store.put(file), predictions_in(file), result, swapped)
     store.push([each.predictions for each in scored.values()])
     for handle in handles.values():

@@ -23,8 +23,8 @@ Chance. Where nothing changed, PSI is about (1/n + 1/m) χ² with bins - 1 degre
 population stability index", Journal of Risk Model Validation 14(4), 2020). The bias is subtracted, and a violation is
 past the pack's threshold *and* past what chance leaves at `NOMINAL` over all that is tested in a window together
 (Bonferroni). So is every share. Of what a model leans on, each share has a standard error on both sides, s² = s_a² + s_b²:
-of ½ Σ |b - a| chance alone makes ½ Σ s √(2/π), the mean of half-normal distances, which is subtracted, and spreads it by
-½ √(Σ s² (1 - 2/π)). The threshold is an effect size: in large windows it alone decides.
+of ½ Σ |b - a| chance alone makes ½ Σ s √(2/π), the mean of half-normal distances, which is subtracted, with a variance of
+¼ Σ s² (1 - 2/π); how far that reaches is told by the gamma distribution of this mean and variance. The threshold is an effect size: in large windows it alone decides.
 
 Rows of one hour share its weather, and days differ: chance reaches further than that. So what is usual may be handed in:
 windows from the reference's own time beside the reference. A move is past the furthest of them, too, and missing values
@@ -722,13 +722,12 @@ def _shift(reference: Sequence[Importance], window: Sequence[Importance], chance
     known = [[error for error in each if error is not None] for each in errors]
     if known != errors:
         return ImportanceShift(shift=_short(raw), noise=None, columns=tuple(columns))
+    from scipy.special import gammaincinv  # scipy.stats would cost 0.7 s of import
+
     sizes = [math.hypot(*each) for each in known]
-    bias, spread = (sum(sizes) / 2 * math.sqrt(2 / math.pi), math.hypot(*sizes) / 2 * math.sqrt(1 - 2 / math.pi))
-    return ImportanceShift(
-        shift=_short(max(0.0, raw - bias)),
-        noise=_short(NormalDist().inv_cdf(1 - chance) * spread),
-        columns=tuple(columns),
-    )
+    mean, variance = sum(sizes) / math.sqrt(2 * math.pi), math.hypot(*sizes) ** 2 / 4 * (1 - 2 / math.pi)
+    most = variance / mean * float(gammaincinv(mean**2 / variance, 1 - chance)) if variance else 0.0
+    return ImportanceShift(shift=_short(max(0.0, raw - mean)), noise=_short(most - mean), columns=tuple(columns))
 
 
 def _importance(shift: ImportanceShift, rules: DriftRules) -> Iterator[Finding]:

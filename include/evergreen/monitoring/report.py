@@ -165,7 +165,7 @@ def _leanings(shown: Sequence[Drift], rules: DriftRules) -> str:
     rest = f" The other {len(order) - LEANINGS} columns matter less." if len(order) > LEANINGS else ""
     return (
         f"<section class=over><h2>What the champion leans on</h2><p{' class=finding' if off else ''}>{escape(head)}.</p>"
-        f"<article>{_pairs(rows, 'shares of importance, as they were and as they are')}</article>"
+        f"<div class=leans>{_pairs(rows, 'shares of importance, as they were and as they are')}</div>"
         f"<p class=note>{_day(window.start)} … {_day(window.end)} beside the hold-out of its making: each column's share of "
         f"what all lose when shuffled; below zero, the champion would do better without.{rest}</p></section>"
     )
@@ -370,7 +370,7 @@ background:var(--tone)}.key i.was{background:var(--was)}.key i.is{background:var
 article{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:14px 16px;min-width:0}
 article.fault,article.shift{border-top:3px solid var(--tone)}
 .finding{margin:0 0 6px;color:var(--tone);font-size:14px;overflow-wrap:anywhere}
-.note{color:var(--soft);font-size:13px;margin:4px 0}
+.leans{max-width:420px}.note{color:var(--soft);font-size:13px;margin:4px 0}
 svg{display:block;width:100%;height:auto;overflow:visible}svg.psis{margin:8px 0 2px}
 svg text{font-size:11px;fill:var(--soft);font-family:inherit}
 .was{fill:var(--was)}.is{fill:var(--is)}.good{fill:var(--was)}.bad{fill:var(--bad)}.point{fill:var(--is)}
