@@ -22,9 +22,11 @@ Chance. Where nothing changed, PSI is about (1/n + 1/m) χ² with bins - 1 degre
 (bins - 1)(1/n + 1/m), and a noise that small windows are full of (Yurdakul, Naranjo, "Statistical properties of the
 population stability index", Journal of Risk Model Validation 14(4), 2020). The bias is subtracted, and a violation is
 past the pack's threshold *and* past what chance leaves at `NOMINAL` over all that is tested in a window together
-(Bonferroni). So is every share. Of what a model leans on, each share has a standard error on both sides, s² = s_a² + s_b²:
-of ½ Σ |b - a| chance alone makes ½ Σ s √(2/π), the mean of half-normal distances, which is subtracted, with a variance of
-¼ Σ s² (1 - 2/π); how far that reaches is told by the gamma distribution of this mean and variance. The threshold is an effect size: in large windows it alone decides.
+(Bonferroni). So is every share. The threshold is an effect size: in large windows it alone decides.
+
+Each share of importance has a standard error on both sides, s² = s_a² + s_b²: of ½ Σ |b - a| chance alone makes ½ Σ s
+√(2/π), the mean of half-normal distances, which is subtracted, with a variance of ¼ Σ s² (1 - 2/π); how far that
+reaches is told by the gamma distribution of this mean and variance.
 
 Rows of one hour share its weather, and days differ: chance reaches further than that. So what is usual may be handed in:
 windows from the reference's own time beside the reference. A move is past the furthest of them, too, and missing values
