@@ -130,9 +130,12 @@ class World:
         places = sample(days)
         asked = rows[places]
         partner = partners(asked)
-        shuffled = {name: self.predictions(asked.with_columns(partner[name])) for name in (*NUMBERS, *WORDS, "mobile")}
-        truth, predicted = asked["bought"].to_numpy(), self.predictions(asked)
-        return importance("binary", "roc_auc", truth, predicted, shuffled, days[places], confidence=0.95)
+        names = [*NUMBERS, *WORDS, "mobile"]
+        swapped = [asked, *(asked.with_columns(partner[name]) for name in names)]
+        predicted, *shuffled = np.split(self.predictions(pl.concat(swapped)), len(swapped))
+        by_column = dict(zip(names, shuffled, strict=True))
+        truth = asked["bought"].to_numpy()
+        return importance("binary", "roc_auc", truth, predicted, by_column, days[places], confidence=0.95)
 
     def drift(self, rows: pl.DataFrame, start: datetime, reference: Profile | None = None) -> Drift:
         """The week of `rows` beside the champion's reference, or another."""
