@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -312,15 +312,39 @@ class Database:
             yield from page
             before = page[-1].position
 
-    def first_bad(self, pack: str) -> int | None:
-        """The position of the first event of `pack` that breaks the chain, or None when it holds."""
-        previous = GENESIS
-        for expected, event in enumerate(self.events(pack), start=1):
-            row = {**vars(event), "at": event.at.isoformat(), "body": _canonical(event.body)}
-            if event.position != expected or event.previous != previous or row.pop("hash") != _hash_of(row):
-                return expected
-            previous = event.hash
-        return None
+    def first_bad(self, pack: str, heads: Mapping[int, str] | None = None) -> int | None:
+        """The position of the first event of `pack` that breaks the chain, or None when it holds.
+
+        `heads` are hashes that were noted elsewhere, by position: an event that is not the one noted, or is not there,
+        breaks it too. What is hashed are the texts as they are stored: other words for the same value are an edit.
+        """
+        noted = dict(heads or {})
+        unlike: int | None = None
+        previous, expected = GENESIS, 1
+        with self.reading() as connection:
+            columns = (*COLUMNS, events.c.stage, events.c.as_of)
+            query = sa.select(*columns).where(events.c.pack == pack).order_by(events.c.position)
+            for found in connection.execution_options(yield_per=1000).execute(query).mappings():
+                row = dict(found)
+                sha256, found_by = row.pop("hash"), {name: row.pop(name) for name in ("stage", "as_of")}
+                linked = row["position"] == expected and row["previous"] == previous
+                if not linked or sha256 != _hash_of(row) or found_by != _found_by_text(row["body"]):
+                    broken = _inserted(connection, row, sha256) or expected
+                    return min(broken, unlike or broken)
+                if noted.pop(expected, sha256) != sha256:
+                    unlike = unlike or expected
+                previous, expected = sha256, expected + 1
+        return unlike or (expected if noted else None)
+
+    def packs(self) -> dict[str, int]:
+        """How many events each pack has, by its name."""
+        with self.reading() as connection:
+            query = (
+                sa.select(events.c.pack, sa.func.count().label("number"))
+                .group_by(events.c.pack)
+                .order_by(events.c.pack)
+            )
+            return {row.pack: row.number for row in connection.execute(query)}
 
     def made_at(self) -> datetime:
         """When this home was made: the instant from which packs' clocks run. Written down by whoever asks first."""
@@ -408,8 +432,26 @@ def _found_by(body: dict[str, Any]) -> dict[str, str | None]:
     return {"stage": stage, "as_of": as_of and datetime.fromisoformat(as_of).astimezone(UTC).isoformat()}
 
 
-def _hash_of(row: dict[str, Any]) -> str:
-    """The hash of an event whose `at` and `body` are text already, as they are stored."""
+def _found_by_text(body: str) -> dict[str, str | None] | None:
+    """The columns that an event of this body is found by; None where it is no body of an event."""
+    try:
+        return _found_by(json.loads(body))
+    except (ValueError, AttributeError):
+        return None
+
+
+def _inserted(connection: sa.Connection, row: dict[str, Any], sha256: str) -> int | None:
+    """Where strangers stand before an event that is whole but for its position: after the one that it names."""
+    query = sa.select(events.c.position).where(events.c.pack == row["pack"], events.c.hash == row["previous"])
+    before = connection.execute(query).scalar()
+    place = 1 if row["previous"] == GENESIS else None if before is None else before + 1
+    return place if place and _hash_of(row | {"position": place}) == sha256 and place < row["position"] else None
+
+
+def _hash_of(row: dict[str, Any]) -> str | None:
+    """The hash of an event whose `at` and `body` are text already, as they are stored; None where they are not."""
+    if not all(value is None or isinstance(value, str | int) for value in row.values()):
+        return None  # SQLite keeps whatever it is given
     # The body, the longest part, is canonical as it is. Before it in the text stands `at` alone, which holds no quotes.
     text = _canonical({**row, "body": None}).replace('"body":null', f'"body":{row["body"]}', 1)
     return hashlib.sha256(text.encode()).hexdigest()

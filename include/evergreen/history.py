@@ -86,6 +86,11 @@ def why_run(database: Database, run_id: str, pack: str | None = None) -> list[di
     return answers
 
 
+def values_of(database: Database, run_id: str, pack: str) -> dict[str, dict[str, Any]]:
+    """What each stage of a run gave, looked up or made, as it was written then."""
+    return _stages(database, database.events(pack, run_id=run_id))[1]
+
+
 def _events_of(database: Database, run_id: str, pack: str | None) -> list[Event]:
     """The events of a run. Airflow's run ids are unique within a DAG only: two packs' cron runs may share one.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,7 +21,21 @@ from evergreen.errors import EvaluationError, RegistryError, StoreError
 from evergreen.monitoring.drift import PREDICTION, Drift, compare
 from evergreen.pack import Data, DriftRules
 from evergreen.registry.models import ModelVersion
-from evergreen.run import Estimate, Importance, Manifest, PartitionFile, Ref, Run, Value, Window, digest, floor, step
+from evergreen.run import (
+    Estimate,
+    Importance,
+    Manifest,
+    PartitionFile,
+    Ref,
+    Run,
+    Value,
+    Window,
+    count,
+    digest,
+    floor,
+    step,
+)
+from evergreen.settings import Settings
 from evergreen.training import jobs
 from evergreen.training.checkpoints import write_whole
 from evergreen.work import job_id_of, job_spec
@@ -139,6 +155,43 @@ def _fill_with(
             sample.partners.write_parquet(asked / "partners.parquet")
 
     return fill
+
+
+def predict_with(settings: Settings, name: str, model: Path, rows: pl.DataFrame, what: str) -> pl.DataFrame:
+    """Predictions of a model folder of `name` for raw rows, by a job of its own; columns as a job's.
+
+    Asks for nothing of the pack, which may be broken or gone. Raises EvaluationError, which calls the rows `what`.
+    """
+    import polars as pl
+
+    described = json.loads((model / "model.json").read_text(encoding="utf-8"))
+    missing = sorted(set(described["inputs"]) - set(rows.columns))
+    if missing:
+        raise EvaluationError(
+            f"{what} lacks {count(len(missing), 'column')} that {name} takes: {', '.join(missing[:5])}",
+            fix=f"it takes: {', '.join(described['inputs'])}",
+        )
+    spec = jobs.JobSpec(
+        id=f"predict-{name}-{uuid.uuid4().hex[:16]}",
+        kind="score",
+        pack=name,
+        target="",
+        event_time="",
+        task=described["task"],
+        timeout_s=3600.0,
+    )
+
+    def fill(target: Path) -> None:
+        shutil.copytree(model, target / "model")
+        (target / "rows").mkdir()
+        rows.write_parquet(target / "rows" / "rows.parquet")
+
+    handle = jobs.start(settings, spec, fill)
+    try:
+        jobs.wait(handle)
+        return pl.read_parquet(handle.output / "predictions.parquet")
+    finally:
+        jobs.discard(settings, spec.id)
 
 
 def predictions_in(file: Path) -> np.ndarray:

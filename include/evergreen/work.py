@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -12,11 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evergreen.data.store import Store
-from evergreen.errors import EvergreenError, JobError
+from evergreen.database import Event
+from evergreen.errors import EvergreenError, JobError, StoreError
 from evergreen.keys import note
 from evergreen.pack import Pack
+from evergreen.registry.ledger import Checkpoint
 from evergreen.run import Manifest, Ref, Run, digest
+from evergreen.settings import Settings
 from evergreen.training import jobs
+
+log = logging.getLogger("evergreen")
 
 
 @contextmanager
@@ -99,3 +105,24 @@ def finish_job(run: Run, stage: str, spec: jobs.JobSpec, fill: Callable[[Path], 
 
     with _room(run.settings.jobs):
         return jobs.wait(jobs.start(run.settings, spec, fill), tell)
+
+
+def checkpoint(settings: Settings, event: Event) -> None:
+    """Note an event that changed the champion outside of the database, once.
+
+    A repository that cannot be reached undoes no change: the log says so, and the next checkpoint covers this one.
+    """
+    try:
+        note_head(settings, event)
+    except StoreError as error:
+        log.warning("%s: no checkpoint of its ledger was kept: %s", event.pack, error.what)
+
+
+def note_head(settings: Settings, event: Event) -> None:
+    """Note an event outside of the database, once. Raises StoreError."""
+    Store(settings).note(event.pack, str(Checkpoint.of(event)))
+
+
+def checkpoints(settings: Settings, pack: str) -> list[Checkpoint]:
+    """What was noted of a pack's events, oldest first. Raises StoreError."""
+    return [Checkpoint.parse(text) for text in Store(settings).notes(pack)]

@@ -340,8 +340,9 @@ def test_the_keys_of_a_run_are_stable(house):
         ("sender ci --signing", "sender kind secret"),
         ("snooze gauge --off", "pack at until why by"),
         ("check gauge --as-of 2024-01-13", "law holds detail seconds"),
+        ("drill gauge", "model version previous why by at drill steps.name steps.said steps.seconds seconds"),
     ],
-    ids=["runs", "why", "lineage", "predict", "docs", "packs", "down", "sender", "snooze", "check"],
+    ids=["runs", "why", "lineage", "predict", "docs", "packs", "down", "sender", "snooze", "check", "drill"],
 )
 def test_the_keys_of_an_answer_are_stable(told, run_ids, words, expected):
     """Each command's `--json` prints one document, with these keys."""
@@ -523,6 +524,7 @@ def test_check_of_a_pack_that_breaks_a_law_exits_with_1(house):
         ("new gauge", "PackError", "is there already", "choose another name"),
         ("new Gauge", "PackError", "'Gauge' cannot name a pack", "lower-case letters"),
         ("why manual", "StageError", "there is no run 'manual'", "known: manual__"),
+        ("rollback gauge --why late", "RegistryError", "no champion before version 1", "evergreen history gauge"),
         ("lineage guage@champion", "RegistryError", "there is no model 'guage'", "did you mean 'gauge'?"),
         ("lineage gauge@7", "RegistryError", "gauge has no version or alias '7'", "versions: 1"),
         ("lineage @champion", "RegistryError", "names no model", "MODEL@champion"),

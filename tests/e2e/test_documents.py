@@ -133,6 +133,7 @@ def test_make_targets_exist(name):
 def test_evergreen_commands_exist(name):
     """Every `evergreen …` that a document names is a command."""
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    known |= {group.name for group in app.registered_groups}
     lines = [line.removeprefix("$ ") for block in blocks(name, "console") for line in block.splitlines()]
     named = [re.match(r"(?:\.venv/bin/)?evergreen ([a-z-]+)", line) for line in (*lines, *spans(name))]
     assert {found[1] for found in named if found} - known == set()

@@ -7,8 +7,9 @@
     row POINT …         one run, killed before each of these calls in turn
     adopted             the waiting process is killed while its training job is at work
     race RUN RUN        two processes perform runs of these ids at once
+    back [POINT …]      a rollback is killed just before each of these calls, or before every one, and asked for again
 
-`first` is the pack's first run ever; `next` finds a champion that an earlier run made. `shift` is a look of the monitor
+`first` is the pack's first run ever; `next` finds a champion that an earlier run made, `two` a second one. `shift` is a look of the monitor
 that alerts, up to the alert's being posted; `fault` is one at data that `validate` refuses. A point is `stage/call/n`:
 the n-th such call within the stage. The script imports what stages need once and then forks; it opens nothing itself, since
 neither SQLite's connections nor polars' threads survive a fork.
@@ -37,12 +38,14 @@ from tests.served import nobody, serving
 from tests.servers import free_port
 
 from evergreen import database as db
-from evergreen import keys, looks
+from evergreen import keys, looks, work
 from evergreen.data import store
 from evergreen.database import Database
 from evergreen.errors import EvergreenError
 from evergreen.history import history_of
+from evergreen.loop import rollback
 from evergreen.loop.monitor import Watched, monitor, tell
+from evergreen.registry import ledger, promotion
 from evergreen.run import Value
 from evergreen.stages import CHAIN
 from evergreen.training import jobs
@@ -254,7 +257,7 @@ def make(root: Path, start: str) -> Home:
 
     def made() -> None:
         home = Home.make(root / "live", days=range(DAYS + MORE if start in LOOKS else DAYS))
-        if start == "next":
+        if start in ("next", "two"):
             home.perform("before", as_of=AS_OF - timedelta(days=1))
         elif start in LOOKS:
             home.write(triggers=RULES)
@@ -265,6 +268,8 @@ def make(root: Path, start: str) -> Home:
                 home.write_day(number, new_truth)
         elif start == "fault":
             home.write(triggers=RULES, expectations=[IMPOSSIBLE])
+        if start == "two":
+            home.perform(RUN)
 
     ended(fork(made))
     shutil.copytree(root / "live", root / "start")
@@ -338,7 +343,41 @@ def race(root: Path, home: Home, *run_ids: str) -> dict[str, Any]:
     return {"racers": racers, "state": performed(root, home, run_ids[0])["state"]}
 
 
-TRIALS = {"points": points, "row": row, "adopted": adopted, "race": race}
+def go_back(home: Home, point: str | None, file: Path) -> None:
+    """A rollback to the champion before; then what came of it is written down."""
+    watch = Watch(point)
+    watch.stage = "rollback"
+    rollback.rollback(home.settings, NAME, why="a trial", by="ada")
+    met = list(watch.met)
+    moves = [(event.kind, event.body["status"]) for event in home.database.events(NAME, kind=promotion.MOVES)]
+    noted = work.checkpoints(home.settings, NAME)
+    state = {
+        "champion": home.champion.version if home.champion else None,
+        "moves": moves,
+        "reigns": [reign.version for reign in ledger.reigns(home.database, NAME)],
+        "left": sorted(promotion.left(home.database, NAME)),
+        "tags": [sorted(version.tags) for version in home.registry.versions(NAME)],
+        "holds": ledger.verify(home.database, NAME, noted).holds,
+        "checkpoints": len(noted),
+        "leases": leases(home),
+    }
+    file.write_text(json.dumps({"state": state, "met": met}))
+
+
+def back(root: Path, home: Home, *chosen: str) -> dict[str, Any]:
+    file = root / "state.json"
+    ended(fork(go_back, home, None, file))
+    whole = json.loads(file.read_text())
+    trials = []
+    for point in chosen or whole["met"]:
+        again(root)
+        death = ended(fork(go_back, home, point, file))
+        ended(fork(go_back, home, None, file))
+        trials.append({"point": point, "death": death, "state": json.loads(file.read_text())["state"]})
+    return {"undisturbed": whole["state"], "trials": trials}
+
+
+TRIALS = {"back": back, "points": points, "row": row, "adopted": adopted, "race": race}
 
 if __name__ == "__main__":
     answers = []

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from evergreen.cli import alerts, drift, home, packs, runs
+from evergreen.cli import alerts, drift, home, ledger, packs, runs
 from evergreen.errors import EvergreenError
 
 app = typer.Typer(
@@ -31,9 +31,11 @@ for command in (
     *(alerts.alert, alerts.alerts, alerts.decisions, alerts.snooze, alerts.data_arrived),
     *(alerts.simulate, alerts.sender, alerts.metrics),
     drift.drift,
+    *(ledger.history, ledger.rollback, ledger.drill),
     *(home.up, home.down),
 ):
     app.command(command.__name__.replace("_", "-"))(command)
+app.add_typer(ledger.app, name="ledger")
 # Its words are Airflow's, `--help` too.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
     home.airflow

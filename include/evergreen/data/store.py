@@ -46,6 +46,8 @@ PROTECTED = 0o444
 REMOTE = "store"
 """The DVC remote's name: credentials go under it, as in `dvc remote modify --global store …`."""
 MAIN = "main"
+NOTES = "refs/heads/evergreen-ledger/"
+"""Branches of notes; no dataset's name has a hyphen."""
 IDENTITY = "Evergreen <evergreen@localhost>"
 OTHER_REPOSITORY = frozenset(
     {
@@ -83,6 +85,8 @@ Datasets as Evergreen's runs saw them, versioned with DVC: a branch for each dat
     dvc list THIS_REPOSITORY DATASET --rev TAG              # the files of a snapshot
     dvc get THIS_REPOSITORY DATASET --rev TAG               # a snapshot's files, anywhere
     git clone THIS_REPOSITORY; git checkout DATASET; dvc pull
+
+Branches evergreen-ledger/PACK note the end of a pack's chain of events, to compare with: `evergreen ledger verify`.
 """
 
 A = TypeVar("A")
@@ -130,6 +134,12 @@ class Store:
             {file.relative_to(path).as_posix(): ref for file, ref in zip(files, refs, strict=True)}
         )
 
+    def hash_of(self, folder: Path) -> str:
+        """What `put` would name a folder by; nothing is kept."""
+        files = sorted(found for found in folder.rglob("*") if found.is_file())
+        hashes = dict(zip((file.relative_to(folder).as_posix() for file in files), _each(_md5, files), strict=True))
+        return f"{hashlib.md5(_listing_of(hashes), usedforsecurity=False).hexdigest()}.dir"
+
     def put_bytes(self, content: bytes) -> Ref:
         """Keep `content` in the local cache."""
         return self._put_content(content)
@@ -149,9 +159,8 @@ class Store:
             return self._keep(temporary, suffix)
 
     def _put_listing(self, files: Mapping[str, Ref]) -> Ref:
-        """The folder of `files`: DVC's listing to the byte, for its md5 is the folder's name everywhere."""
-        entries = [{"md5": files[name].hash, "relpath": name} for name in sorted(files)]
-        listing = self._put_content(json.dumps(entries).encode(), suffix=".dir")
+        """The folder of `files`: its listing's md5 is its name everywhere."""
+        listing = self._put_content(_listing_of({name: ref.hash for name, ref in files.items()}), suffix=".dir")
         return Ref(hash=listing.hash, size=sum(ref.size for ref in files.values()))
 
     def _keep(self, temporary: Path, suffix: str = "") -> Ref:
@@ -364,15 +373,40 @@ class Store:
         tree = self._put_listing(files)
         self._push_in_order({ref.hash for ref in files.values()}, {tree.hash})
         version = _Version(dataset=dataset, tree=tree, files=len(files), time=tag_time, message=message)
+        with self._repository(f"commit {dataset}") as repository:
+            repository.make()
+            return repository.commit(version, self._scratch)
+
+    def note(self, name: str, text: str) -> None:
+        """Add a line to the notes called `name`, unless it is the last already: a commit without files on a branch.
+
+        Nothing but a forced push can take a note away, and a repository's server can forbid those.
+        """
+        with self._repository(f"note {text}") as repository:
+            repository.make()
+            repository.note(f"{NOTES}{name}", text, self._scratch)
+
+    def notes(self, name: str) -> list[str]:
+        """The lines of the notes called `name`, oldest first; none where there is no such branch or repository."""
+        with self._repository(f"read the notes on {name}") as repository:
+            return repository.notes(f"{NOTES}{name}", self._scratch)
+
+    def noted(self) -> list[str]:
+        """Of what there are notes, by name."""
+        with self._repository("list the notes") as repository:
+            return repository.noted(NOTES, self._scratch)
+
+    @contextmanager
+    def _repository(self, doing: str) -> Iterator[_Repository]:
+        """The repository of snapshots; what git says of it is a StoreError."""
         repository = _Repository(_absolute(self._settings.data_repository), _absolute(self._settings.data_remote))
-        with self._writing(f"commit {dataset}"):
+        with self._writing(doing):
             self._scratch.mkdir(parents=True, exist_ok=True)
             try:
-                repository.make()
-                return repository.commit(version, self._scratch)
+                yield repository
             except _GitError as error:
                 raise StoreError(
-                    f"cannot commit {dataset} to the repository {self._settings.data_repository}: {error}",
+                    f"cannot {doing}: the repository {self._settings.data_repository}: {error}",
                     fix="see that it is a git repository one can push to (EVERGREEN_DATA_REPOSITORY), then run again",
                 ) from error
 
@@ -480,20 +514,36 @@ class _LostError(_GitError):
 
 
 class _Repository:
-    """The git repository of snapshots: one branch a dataset, never checked out, and a README on `main`."""
+    """The git repository of snapshots: one branch a dataset, never checked out, a README on `main`, and notes."""
 
     def __init__(self, url: str, remote: str) -> None:
         self._url = url
         self._remote = remote
 
     def commit(self, version: _Version, scratch: Path) -> Commit:
-        """Commit on top of the branch's tip; try again when git fails or another commit comes first."""
+        """Commit on top of the branch's tip, and tag that."""
+        return self._attempts(partial(self._commit, version), scratch)
+
+    def note(self, branch: str, text: str, scratch: Path) -> None:
+        """Commit `text`, and no file, on top of the branch's tip, unless that says it."""
+        self._attempts(partial(self._note, branch, text), scratch)
+
+    def notes(self, branch: str, scratch: Path) -> list[str]:
+        """What the commits of a branch say, oldest first."""
+        return self._attempts(partial(self._notes, branch), scratch)
+
+    def noted(self, prefix: str, scratch: Path) -> list[str]:
+        """The branches whose name begins with `prefix`, without it."""
+        return self._attempts(partial(self._noted, prefix), scratch)
+
+    def _attempts(self, act: Callable[[Path], A], scratch: Path) -> A:
+        """`act` in an empty folder; tried again when git fails or another commit comes first."""
         lost_at: set[str] = set()
         failures = 0
         while True:
             try:
                 with TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
-                    return self._commit(version, Path(folder))
+                    return act(Path(folder))
             except _GitError as error:
                 # To lose at a tip for the first time is no failure: another commit landed, so somebody gets on.
                 if isinstance(error, _LostError) and error.tip not in lost_at:
@@ -521,6 +571,44 @@ class _Repository:
         revision = self._write(version, tip, clone)
         self._push(revision, [version.branch, f"refs/tags/{version.tag}"], tip, clone)
         return known(revision=revision, tag=version.tag, new=True)
+
+    def _note(self, branch: str, text: str, clone: Path) -> None:
+        tip = self._tip(branch, clone)
+        _git("init", "--bare", "--quiet", "--template=", ".", cwd=clone)
+        if tip:
+            _git("fetch", "--quiet", "--depth=1", "--no-tags", self._url, tip, cwd=clone)
+            if _said(tip, clone) == [text]:
+                return
+        tree = _git("mktree", cwd=clone).decode().strip()
+        parents = ["-p", tip] if tip else []
+        made = _git("commit-tree", tree, *parents, "-m", text, cwd=clone).decode().strip()
+        self._push(made, [branch], tip, clone)
+
+    def _notes(self, branch: str, clone: Path) -> list[str]:
+        tip = self._tip(branch, clone)
+        if not tip:
+            return []
+        _git("init", "--bare", "--quiet", "--template=", ".", cwd=clone)
+        _git("fetch", "--quiet", "--no-tags", self._url, branch, cwd=clone)
+        return _said(tip, clone)
+
+    def _noted(self, prefix: str, clone: Path) -> list[str]:
+        if self._is_absent:
+            return []
+        lines = _git("ls-remote", "--quiet", self._url, f"{prefix}*", cwd=clone).decode().splitlines()
+        return sorted(line.split("\t")[1].removeprefix(prefix) for line in lines)
+
+    def _tip(self, branch: str, clone: Path) -> str:
+        """The revision of a branch's tip; empty where there is none."""
+        if self._is_absent:
+            return ""
+        return _git("ls-remote", "--quiet", self._url, branch, cwd=clone).decode().partition("\t")[0]
+
+    @property
+    def _is_absent(self) -> bool:
+        """Whether nobody has made the repository yet: its path is free."""
+        home = Path(self._url)
+        return home.is_absolute() and not home.exists()
 
     def _look(self, version: _Version, clone: Path) -> tuple[dict[str, str], str]:
         """The revisions of the dataset's tags that share the tree's digits, and of the branch's tip (none: empty)."""
@@ -583,6 +671,16 @@ class _Repository:
             _git("commit", "--quiet", "--message=Say what this repository holds", cwd=made)
             with suppress(OSError):  # Another process was first: its repository is as good.
                 made.rename(home)
+
+
+def _listing_of(hashes: Mapping[str, str]) -> bytes:
+    """DVC's listing of a folder, to the byte, of the hashes of its files by their path in it."""
+    return json.dumps([{"md5": hashes[name], "relpath": name} for name in sorted(hashes)]).encode()
+
+
+def _said(tip: str, clone: Path) -> list[str]:
+    """The messages of a commit and of those before it that are there, oldest first."""
+    return _git("log", "--reverse", "--format=%B%x00", tip, cwd=clone).decode().replace("\n", "").split("\0")[:-1]
 
 
 def _dvc_files(remote: str) -> dict[str, bytes]:

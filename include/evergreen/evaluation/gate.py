@@ -38,13 +38,19 @@ GRAVITY = ("reject", "review", "promote", "note")
 
 
 def decide(
-    evaluated: Evaluated, rules: GateRules, *, challenger_as_of: datetime, champion_as_of: datetime | None
+    evaluated: Evaluated,
+    rules: GateRules,
+    *,
+    challenger_as_of: datetime,
+    champion_as_of: datetime | None,
+    rolled_back: str | None = None,
 ) -> Verdict:
     """The verdict on the challenger; its first reason is the headline.
 
-    `champion_as_of` is None when there is no champion. The gravest finding wins: reject, then review, then promote.
+    `champion_as_of` is None when there is no champion. `rolled_back` says why a person took this very model back. The gravest finding wins: reject, then review, then promote.
     """
     findings = [
+        *_rolled_back(rolled_back),
         *_time(evaluated, challenger_as_of, champion_as_of),
         *_limits(evaluated.challenger, rules),
         *_latency(evaluated.challenger, rules),
@@ -55,6 +61,12 @@ def decide(
     decision = findings[0].decision
     assert decision != "note"  # _comparison decides, or _limits has rejected
     return Verdict(decision=decision, reasons=tuple(finding.sentence for finding in findings))
+
+
+def _rolled_back(why: str | None) -> Iterator[Finding]:
+    """What a person took back is not promoted again without one."""
+    if why is not None:
+        yield Finding("review", f"{why}; it is for a person to make it champion again")
 
 
 def policy_hash(rules: GateRules) -> str:

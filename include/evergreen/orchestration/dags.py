@@ -11,7 +11,7 @@ from typing import Any
 from airflow.sdk import DAG, Param, get_parsing_context
 
 from evergreen.errors import PackError
-from evergreen.orchestration.tasks import monitor_task, signature, stage_task
+from evergreen.orchestration.tasks import monitor_task, rollback_task, signature, stage_task
 from evergreen.pack import Pack, find
 from evergreen.settings import Settings
 from evergreen.stages import CHAIN
@@ -37,6 +37,17 @@ PARAMS: dict[str, Param] = {
     ),
 }
 """What a person may say when asking for a run."""
+
+BACK: dict[str, Param] = {
+    "to": Param(
+        None,
+        type=["null", "integer"],
+        title="To version",
+        description="A version that was champion before. Empty: the champion before this one.",
+    ),
+    "why": Param(type="string", minLength=1, title="Why", description="It stays in the ledger and on the version."),
+}
+"""What a person says when asking for a rollback."""
 
 
 Build = Callable[[Pack], DAG | None]
@@ -110,6 +121,14 @@ def monitoring_dag(pack: Pack) -> DAG | None:
         validated = stage_task(pack, "validate", "watch")(ingested=ingested)
         monitor_task(pack)(ingested=ingested, validated=validated)
     dag.params.update(PARAMS)
+    return dag
+
+
+def rollback_dag(pack: Pack) -> DAG:
+    """`<pack>__rollback`: an earlier champion is champion again, when a person asks for it."""
+    with _dag(pack, "rollback", None) as dag:
+        rollback_task(pack)()
+    dag.params.update(BACK)
     return dag
 
 

@@ -14,7 +14,7 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from evergreen import database as db
 from evergreen import keys
-from evergreen.errors import PackError, SourceError, TrainingError, ValidationError
+from evergreen.errors import PackError, RegistryError, SourceError, TrainingError, ValidationError
 from evergreen.pack import Pack, load, parse_instant
 from evergreen.run import Ingested, Run, Validated, Value
 from evergreen.settings import Settings
@@ -103,6 +103,39 @@ def monitor_task(pack: Pack) -> Any:
         return looked
 
     return build
+
+
+def rollback_task(pack: Pack) -> Any:
+    """An Airflow task that makes an earlier champion of `pack` champion again, for the person who asked for the run."""
+
+    @task(
+        task_id="rollback",
+        multiple_outputs=False,
+        show_return_value_in_logs=False,
+        retries=2,
+        retry_delay=timedelta(seconds=5),
+        doc_md="Verify that the version is what it was: its bytes, and its predictions for the first rows of its "
+        "hold-out; then move the alias, and write down who asked, and why.",
+    )
+    def act() -> dict[str, Any]:
+        from evergreen.loop import rollback
+
+        context = get_current_context()
+        dag_run, params = context["dag_run"], context["params"]
+        try:
+            restored = rollback.rollback(
+                Settings.from_env(),
+                pack.name,
+                to=params["to"],
+                why=params["why"],
+                by=getattr(dag_run, "triggering_user_name", None) or "somebody in Airflow",
+                run_id=dag_run.run_id,
+            )
+        except RegistryError as error:
+            raise AirflowFailException(str(error)) from error
+        return restored.model_dump(mode="json")
+
+    return act
 
 
 class ReportLink(BaseOperatorLink):

@@ -5,19 +5,26 @@ written down (`intended`), then done to the alias, then written down as `done`; 
 and only if the champion is still the one that the challenger was judged against. Whoever comes next finishes an
 intent that a dead process left open, or voids it with a reason. An alias that somebody else moved is recorded too
 (`foreign`). Each event's `champion` is the version the alias is at when the event is written.
+
+A rollback is the same door backwards, asked for by a person: events of kind `rollback`, by the same intent and lease.
+The version it leaves is not promoted again by the gate. A drill goes the same way with another alias.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 from typing import Any
 
-from evergreen.database import Database, Event
+from evergreen.database import Database, Event, this_process
+from evergreen.errors import RegistryError
 from evergreen.registry.models import Registry
 from evergreen.run import Run, Verdict
 
 KIND = "promotion"
+ROLLBACK = "rollback"
+DRILL = "drill"
+MOVES = (KIND, ROLLBACK)
+"""The kinds of events that tell where the champion alias is."""
+ALIASES = {KIND: "champion", ROLLBACK: "champion", DRILL: "drill"}
 WAIT_S = 60.0
 """How long a second promotion of the same pack waits for the first: twice a dead one's lease."""
 
@@ -57,13 +64,77 @@ def promote(
         return version
 
 
+def roll_back(
+    database: Database,
+    registry: Registry,
+    pack: str,
+    *,
+    version: int,
+    leave: int | None,
+    asked: dict[str, Any],
+    run_id: str | None = None,
+    drill: bool = False,
+) -> Event:
+    """Move the champion alias from `leave` back to `version`, which was champion before; return the event that says so.
+
+    `asked` is who asked, what for, and why; it stays on the events. A drill moves the alias `drill` instead. Raises
+    RegistryError when the champion is not `leave` any more; then a `void` event says so. Raises LeaseHeldError too.
+    """
+    kind = DRILL if drill else ROLLBACK
+    with database.lease(f"promotion:{pack}", run_id or this_process(), wait_s=WAIT_S):
+        champion = _settle(database, registry, pack)
+        body: dict[str, Any] = {"version": version, "champion": champion, "asked": asked}
+        if champion != leave:
+            why = f"the champion is {_named(champion)} now; the rollback was from {_named(leave)}"
+            _void(database, pack, run_id, body | {"why": why}, kind=kind)
+            raise RegistryError(f"{pack}: {why}", fix="look at `evergreen history`, then ask again")
+        model = registry.version(pack, leave).model_hash if leave is not None else None
+        intent = database.append(pack, kind, {"status": "intended", **body, "model": model}, run_id=run_id)
+        _finish(database, registry, intent)
+        done = database.latest(pack, kind=kind)
+        assert done is not None, "it was written just now"
+        return done
+
+
+def answered(database: Database, pack: str, asked: dict[str, Any], run_id: str | None) -> Event | None:
+    """The rollback that made the champion what it is, where it was asked for just so: by a retry, then."""
+    moves = database.events(pack, kind=MOVES, newest_first=True)
+    last = next((event for event in moves if event.body["status"] in ("done", "foreign")), None)
+    if last is None or last.kind != ROLLBACK or last.run_id != run_id or last.body["asked"] != asked:
+        return None
+    return last
+
+
+def left(database: Database, pack: str) -> dict[int, Event]:
+    """The versions that a rollback left for an older one and that nobody chose again since, with its event."""
+    found: dict[int, Event] = {}
+    for event in database.events(pack, kind=MOVES):
+        if event.body["status"] == "done":
+            version, before = event.body["version"], event.body["previous"]
+            found.pop(version, None)
+            if event.kind == ROLLBACK and before is not None and version < before:
+                found[before] = event
+    return found
+
+
+def rolled_back(database: Database, pack: str, version: int, model_hash: str | None) -> str | None:
+    """Why `version`, or another with the same model folder, is not to be promoted by the gate; None where it may be."""
+    for known, event in left(database, pack).items():
+        if known == version or (model_hash is not None and event.body["model"] == model_hash):
+            asked = event.body["asked"]
+            return (
+                f"version {known}{'' if known == version else ', the same model,'} was rolled back from at "
+                f"{event.at:%Y-%m-%d %H:%M} UTC by {asked['by']}: {asked['why']}"
+            )
+    return None
+
+
 def settle(database: Database, registry: Registry, pack: str, *, holder: str | None = None) -> int | None:
     """Finish or void what a dead process left open, record a foreign move, and return the champion's version.
 
     With a run's id as `holder`, the lease of a dead attempt of the same run is taken over at once instead of waited for.
     """
-    holder = holder or f"{socket.gethostname()}:{os.getpid()}"
-    with database.lease(f"promotion:{pack}", holder, wait_s=WAIT_S):
+    with database.lease(f"promotion:{pack}", holder or this_process(), wait_s=WAIT_S):
         return _settle(database, registry, pack)
 
 
@@ -75,18 +146,20 @@ def moved_by(database: Database, run: Run, version: int) -> Event | None:
 
 
 def _settle(database: Database, registry: Registry, pack: str) -> int | None:
-    last = database.latest(pack, kind=KIND)
+    last = database.latest(pack, kind=MOVES)
     found = registry.champion(pack)
     champion = found.version if found else None
     if last is not None and last.body["status"] == "intended":
-        version, judged_against = last.body["version"], last.body["judged_against"]
+        version, before = last.body["version"], last.body["champion"]
         known = {one.version for one in registry.versions(pack)}
-        if champion in (version, judged_against) and version in known:
+        if champion in (version, before) and version in known:
             _finish(database, registry, last)
             return int(version)
-        why = f"before it was promoted, {_named(version)} was deleted or the champion became {_named(champion)}"
-        body = {"version": version, "judged_against": judged_against, "champion": last.body["champion"], "why": why}
-        _void(database, pack, last.run_id, body)
+        why = f"before the alias moved, {_named(version)} was deleted or the champion became {_named(champion)}"
+        kept: dict[str, Any] = {
+            name: last.body[name] for name in ("version", "judged_against", "asked") if name in last.body
+        }
+        _void(database, pack, last.run_id, kept | {"champion": before, "why": why}, kind=last.kind)
     expected = last.body["champion"] if last else None
     if champion != expected:
         why = f"the champion alias was left at {_named(expected)} and somebody else put it at {_named(champion)}"
@@ -96,22 +169,31 @@ def _settle(database: Database, registry: Registry, pack: str) -> int | None:
 
 def _finish(database: Database, registry: Registry, intent: Event) -> None:
     """Move the alias and close the intent, unless somebody settled it while this process slept."""
-    pack, version = intent.pack, intent.body["version"]
-    if database.latest(pack, kind=KIND) != intent:
+    pack, version, before = intent.pack, intent.body["version"], intent.body["champion"]
+    if database.latest(pack, kind=intent.kind if intent.kind == DRILL else MOVES) != intent:
         return
-    registry.set_alias(pack, "champion", version)
-    registry.drop_alias(pack, "challenger", version)
-    registry.judge(pack, version, Verdict(**intent.body["verdict"]))
-    body = {"status": "done", "version": version, "champion": version, "previous": intent.body["champion"]}
-    database.append(pack, KIND, body, run_id=intent.run_id)
+    registry.set_alias(pack, ALIASES[intent.kind], version)
+    body = {"status": "done", "version": version, "champion": version, "previous": before}
+    if intent.kind == DRILL:
+        body |= {"champion": before, "asked": intent.body["asked"]}
+    elif intent.kind == ROLLBACK:
+        asked = intent.body["asked"]
+        body |= {"asked": asked, "model": intent.body["model"]}
+        if before in {one.version for one in registry.versions(pack)}:
+            said = f"to version {version} at {intent.at:%Y-%m-%d %H:%M} UTC by {asked['by']}: {asked['why']}"
+            registry.tag(pack, before, {"evergreen.rolled_back": said})
+    else:
+        registry.drop_alias(pack, "challenger", version)
+        registry.judge(pack, version, Verdict(**intent.body["verdict"]))
+    database.append(pack, intent.kind, body, run_id=intent.run_id)
 
 
-def _void(database: Database, pack: str, run_id: str | None, body: dict[str, Any]) -> None:
-    """Record, once, that a promotion did not happen, and why."""
+def _void(database: Database, pack: str, run_id: str | None, body: dict[str, Any], *, kind: str = KIND) -> None:
+    """Record, once, that a promotion or a rollback did not happen, and why."""
     event = {"status": "void", **body}
-    last = database.latest(pack, kind=KIND, run_id=run_id)
+    last = database.latest(pack, kind=kind, run_id=run_id)
     if last is None or last.body != event:
-        database.append(pack, KIND, event, run_id=run_id)
+        database.append(pack, kind, event, run_id=run_id)
 
 
 def _named(version: int | None) -> str:

@@ -43,7 +43,7 @@ from evergreen.run import (
 from evergreen.settings import Settings
 from evergreen.stages import reading, scoring
 from evergreen.training import jobs
-from evergreen.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
+from evergreen.work import checkpoint, copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -389,6 +389,9 @@ def promote(run: Run, evaluated: Evaluated, registered: Registered) -> Promoted:
                 judged_against=_judged_against(evaluated, champion),
                 verdict=verdict,
             )
+        moved = promotion.moved_by(database, run, registered.version)
+        if moved is not None:
+            checkpoint(run.settings, moved)
         for reason in verdict.reasons:
             note(run, "promote", "progress", reason)
         return Promoted(model=pack.name, version=registered.version, verdict=verdict, champion=after, previous=previous)
@@ -411,6 +414,7 @@ def _verdict(
 ) -> Verdict:
     """The gate's verdict, written down with all it saw before anything is done about it; a retry keeps it."""
     pack = run.pack
+    rolled_back = promotion.rolled_back(database, pack.name, registered.version, registered.model_hash)
     saw = {
         "version": registered.version,
         "champion": champion.version if champion else None,
@@ -418,6 +422,7 @@ def _verdict(
         "evaluated": evaluated.model_dump(mode="json"),
         "challenger_as_of": run.as_of.isoformat(),
         "champion_as_of": _as_of(champion).isoformat() if champion else None,
+        "rolled_back": rolled_back,
     }
     before = database.latest(pack.name, kind="verdict", run_id=run.id)
     if before is not None and before.body["saw"] == saw:
@@ -427,6 +432,7 @@ def _verdict(
         pack.gate,
         challenger_as_of=run.as_of,
         champion_as_of=_as_of(champion) if champion else None,
+        rolled_back=rolled_back,
     )
     database.append(pack.name, "verdict", {"saw": saw, "verdict": verdict.model_dump(mode="json")}, run_id=run.id)
     return verdict

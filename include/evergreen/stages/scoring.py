@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +26,6 @@ from evergreen.run import (
     Trained,
     Window,
     Windows,
-    count,
-    digest,
     step,
 )
 from evergreen.settings import Settings
@@ -203,31 +197,4 @@ def predict(settings: Settings, version: ModelVersion, file: Path) -> pl.DataFra
     registry = Registry(settings)
     with tempfile.TemporaryDirectory(prefix="evergreen-predict-") as folder:
         model = registry.folder(version.name, version.version, Path(folder) / "model")
-        described = json.loads((model / "model.json").read_text(encoding="utf-8"))
-        missing = sorted(set(described["inputs"]) - set(rows.columns))
-        if missing:
-            raise EvaluationError(
-                f"{file} lacks {count(len(missing), 'column')} that {version.name} takes: {', '.join(missing[:5])}",
-                fix=f"it takes: {', '.join(described['inputs'])}",
-            )
-        spec = jobs.JobSpec(
-            id=f"predict-{version.name}-{digest([str(file), version.version, os.getpid(), time.time_ns()])[:16]}",
-            kind="score",
-            pack=version.name,
-            target="",
-            event_time="",
-            task=described["task"],
-            timeout_s=3600.0,
-        )
-
-        def fill(target: Path) -> None:
-            shutil.copytree(model, target / "model")
-            (target / "rows").mkdir()
-            rows.write_parquet(target / "rows" / "rows.parquet")
-
-        handle = jobs.start(settings, spec, fill)
-        try:
-            jobs.wait(handle)
-            return pl.read_parquet(handle.output / "predictions.parquet")
-        finally:
-            jobs.discard(settings, spec.id)
+        return looks.predict_with(settings, version.name, model, rows, str(file))

@@ -754,3 +754,37 @@ def test_a_killed_process_leaves_whole_objects_only(store: Store, tmp_path: Path
     ref = store.put(source)
     store.push([ref])
     assert (ref.hash, store.verify(ref)) == (undisturbed, True)
+
+
+def test_notes_come_back_in_their_order(store, data):
+    """Each is a commit without files on a branch of its own, once while it is the last; stock git shows them."""
+    for text in ("1 a", "2 b", "2 b", "1 a"):
+        store.note("tide", text)
+    assert (store.notes("tide"), store.noted()) == (["1 a", "2 b", "1 a"], ["tide"])
+    assert git(data, "log", "--format=%s", "evergreen-ledger/tide").splitlines() == ["1 a", "2 b", "1 a"]
+    assert git(data, "ls-tree", "evergreen-ledger/tide") == ""
+
+
+def test_where_nothing_was_noted_there_are_no_notes(store, data):
+    """To look makes no repository."""
+    assert (store.notes("tide"), store.noted(), data.exists()) == ([], [], False)
+    store.note("tide", "1 a")
+    assert (store.notes("wind"), store.noted()) == ([], ["tide"])
+
+
+def test_notes_at_once_are_all_kept(store):
+    """Whoever finds that another note came first adds his own after it."""
+    texts = [f"{number} x" for number in range(4)]
+    store.note("tide", "0 before")
+    writers = [threading.Thread(target=store.note, args=("tide", text)) for text in texts]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert sorted(store.notes("tide")) == sorted(["0 before", *texts])
+
+
+def test_a_folder_is_hashed_as_it_would_be_kept(store, folder, cache):
+    """Its name without keeping it."""
+    assert store.hash_of(folder) == store_at(cache.parent / "other").put(folder).hash
+    assert not cache.exists()

@@ -13,13 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from evergreen.database import Database
 from evergreen.pack import Data, Pack
 from evergreen.registry import lineage as parts
+from evergreen.registry import promotion
 from evergreen.registry.lineage import Code, Environment, Lineage, Training, Validation
 from evergreen.registry.models import Registry
-from evergreen.run import Estimate, Hardware, Run, Windows
+from evergreen.run import Estimate, Hardware, Run, Verdict, Windows
 from evergreen.settings import Settings
 
+PROMOTE = Verdict(decision="promote", reasons=("better",))
 LOADER = '''
 """Adds the weight of the carrier to distance x slope; an unknown carrier weighs nothing."""
 import json
@@ -192,3 +195,37 @@ def trials(run_trials, tmp_path_factory) -> dict:
     """What came of kills and races, few enough for every day."""
     calls = ("log_model_artifacts#1", "create_model_version#1", "set_terminated#1")
     return run_trials(tmp_path_factory.mktemp("trials"), 20, *calls)
+
+
+@pytest.fixture(scope="session")
+def model(registry, given, tmp_path_factory) -> str:
+    """A model with three versions, none of them champion."""
+    folder = given.model_folder(tmp_path_factory.mktemp("model") / "trained")
+    for key in ("first", "second", "third"):
+        given.register(registry, "promoted", folder, key=key)
+    return "promoted"
+
+
+@pytest.fixture
+def database(tmp_path) -> Database:
+    return Database(f"sqlite:///{tmp_path / 'events.db'}")
+
+
+@pytest.fixture
+def promote(database, registry, model, given, home):
+    """Promote a version of `model`; the alias is off before and after the test."""
+
+    def off() -> None:
+        champion = registry.champion(model)
+        if champion is not None:
+            registry.drop_alias(model, "champion", champion.version)
+
+    def promote(version: int, judged_against: int | None, verdict: Verdict = PROMOTE, run: str | None = None):
+        of = given.run_of(model, run or f"run of {version}", given.settings_at(home))
+        return promotion.promote(
+            database, registry, run=of, version=version, judged_against=judged_against, verdict=verdict
+        )
+
+    off()
+    yield promote
+    off()

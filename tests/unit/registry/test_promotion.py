@@ -5,44 +5,11 @@ from __future__ import annotations
 import pytest
 
 from evergreen.database import Database
+from evergreen.errors import RegistryError
 from evergreen.registry import promotion
 from evergreen.run import Verdict
 
 PROMOTE = Verdict(decision="promote", reasons=("better",))
-
-
-@pytest.fixture(scope="module")
-def model(registry, given, tmp_path_factory) -> str:
-    """A model with three versions, none of them champion."""
-    folder = given.model_folder(tmp_path_factory.mktemp("model") / "trained")
-    for key in ("first", "second", "third"):
-        given.register(registry, "promoted", folder, key=key)
-    return "promoted"
-
-
-@pytest.fixture
-def database(tmp_path) -> Database:
-    return Database(f"sqlite:///{tmp_path / 'events.db'}")
-
-
-@pytest.fixture
-def promote(database, registry, model, given, home):
-    """Promote a version of `model`; the alias is off before and after the test."""
-
-    def off() -> None:
-        champion = registry.champion(model)
-        if champion is not None:
-            registry.drop_alias(model, "champion", champion.version)
-
-    def promote(version: int, judged_against: int | None, verdict: Verdict = PROMOTE, run: str | None = None):
-        of = given.run_of(model, run or f"run of {version}", given.settings_at(home))
-        return promotion.promote(
-            database, registry, run=of, version=version, judged_against=judged_against, verdict=verdict
-        )
-
-    off()
-    yield promote
-    off()
 
 
 def statuses(database: Database) -> list[str]:
@@ -172,6 +139,56 @@ def test_open_intent_for_a_deleted_version_is_void(promote, database, registry, 
     assert (promotion.settle(database, registry, model), statuses(database)[-1]) == (1, "void")
 
 
+def back(database, registry, model, *, version: int, leave: int | None, drill: bool = False):
+    asked = {"to": version, "why": "it is worse", "by": "ada"}
+    return promotion.roll_back(database, registry, model, version=version, leave=leave, asked=asked, drill=drill)
+
+
+def test_rollback_moves_the_alias_between_two_events(promote, database, registry, model):
+    """The same door backwards: intended, moved, done; who asked and why is on the events and on the version it left."""
+    promote(1, None)
+    promote(2, 1)
+    done = back(database, registry, model, version=1, leave=2)
+    assert (done.body["previous"], done.body["champion"], done.body["asked"]["why"]) == (2, 1, "it is worse")
+    told = [(event.kind, event.body["status"]) for event in database.events(kind=promotion.MOVES)[-2:]]
+    assert told == [("rollback", "intended"), ("rollback", "done")]
+    assert registry.champion(model).version == 1
+    assert "by ada: it is worse" in registry.version(model, 2).tags["evergreen.rolled_back"]
+
+
+def test_rollback_from_an_old_champion_moves_nothing(promote, database, registry, model):
+    """The alias moves only if the champion is still the one that was to be left; a void event says why."""
+    promote(1, None)
+    promote(2, 1)
+    with pytest.raises(RegistryError, match="the champion is version 2 now; the rollback was from version 3"):
+        back(database, registry, model, version=1, leave=3)
+    last = database.latest(kind=promotion.ROLLBACK)
+    assert (registry.champion(model).version, last.body["status"]) == (2, "void")
+
+
+def test_what_was_rolled_back_is_known_until_a_person_chooses_it_again(promote, database, registry, model):
+    """The version that was left, and any other with the same model folder; no more when it is gone back to."""
+    promote(1, None)
+    promote(2, 1)
+    back(database, registry, model, version=1, leave=2)
+    same = registry.version(model, 2).model_hash
+    assert "by ada: it is worse" in promotion.rolled_back(database, model, 2, same)
+    assert "version 2, the same model, was rolled back" in promotion.rolled_back(database, model, 3, same)
+    assert promotion.rolled_back(database, model, 3, "another") is None
+    back(database, registry, model, version=2, leave=1)
+    assert (promotion.rolled_back(database, model, 2, same), promotion.left(database, model)) == (None, {})
+
+
+def test_drill_leaves_the_champion(promote, database, registry, model):
+    """It goes through the same door with the alias drill, and no promotion sees it."""
+    promote(1, None)
+    promote(2, 1)
+    back(database, registry, model, version=1, leave=2, drill=True)
+    aliases = (registry.champion(model).version, registry.version(model, "drill").version)
+    registry.drop_alias(model, "drill", 1)
+    assert (aliases, promotion.settle(database, registry, model), promotion.left(database, model)) == ((2, 1), 2, {})
+
+
 KILLS = [
     {"writes": writes, "killed": True, "champion": True, "verdict": "promote", "events": ["intended", "done"]}
     for writes in (1, 2, 3, 4)
@@ -197,9 +214,35 @@ def test_two_promotions_at_once_make_one_champion(trials):
     assert (race["races"], race["odd"], race["on_alias"], race["first_bad"]) == (20, [], race["last_done"], None)
 
 
+BACK = [
+    {"writes": writes, "killed": True, "champion": True, "agrees": True, "left": True, "events": ["intended", "done"]}
+    for writes in (1, 2, 3, 4)
+]
+
+
+@pytest.mark.slow
+def test_killed_rollback_ends_as_an_undisturbed_one(trials):
+    """SIGKILL after the intent, the alias, the tag or the end, then asked again: it went back once, and all agree."""
+    assert trials["rollback"] == [{**kill, "others": []} for kill in BACK]
+
+
+@pytest.mark.slow
+def test_whoever_comes_next_finishes_what_a_killed_rollback_left(trials):
+    """A promotion first finishes the dead rollback, then is void: its champion is no more."""
+    assert trials["overtaken"] == [{**kill, "others": ["void"]} for kill in BACK[:2]]
+
+
+@pytest.mark.slow
+def test_a_promotion_and_a_rollback_at_once_make_one_champion(trials):
+    """Of the two, from the same champion, one is done and one void, twenty times in twenty; the ledger verifies."""
+    race = trials["back"]
+    assert (race["races"], race["odd"], race["on_alias"], race["first_bad"]) == (20, [], race["last_done"], None)
+
+
 @pytest.mark.prove
 @pytest.mark.timeout(1800)
 def test_five_hundred_races_make_one_champion_each(run_trials, tmp_path):
-    """The same race 500 times."""
+    """The same races 500 times each."""
     answer = run_trials(tmp_path, 500, "create_run#1")
-    assert (answer["race"]["races"], answer["race"]["odd"]) == (500, [])
+    for race in (answer["race"], answer["back"]):
+        assert (race["races"], race["odd"], race["first_bad"]) == (500, [], None)

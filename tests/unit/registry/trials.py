@@ -7,6 +7,8 @@ register    a registration is killed after each of these calls of MLflow's clien
 promote     a promotion is killed after each of its writes, then tried again
 next        the same after the first two, but the promotion of another run comes next
 race        two processes promote, judged against the same champion, RACES times
+rollback    a rollback is killed after each of its writes, then asked for again, or a promotion comes next
+back        a promotion and a rollback from the same champion race, RACES times
 
 The script imports MLflow once and then forks; it opens no database itself before the last child has ended, since SQLite
 connections do not survive a fork.
@@ -14,6 +16,7 @@ connections do not survive a fork.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -28,6 +31,7 @@ import sqlalchemy as sa
 from conftest import model_folder, register, run_of, settings_at
 
 from evergreen.database import Database, leases
+from evergreen.errors import RegistryError
 from evergreen.registry import models, promotion
 from evergreen.run import Verdict
 
@@ -154,6 +158,11 @@ class DyingAliases(models.Registry):
         super().judge(*arguments)
         count_down(self.left)
 
+    def tag(self, name, version, tags) -> None:
+        super().tag(name, version, tags)
+        if "evergreen.rolled_back" in tags:
+            count_down(self.left)
+
 
 def count_down(left: list[int]) -> None:
     left[0] -= 1
@@ -181,15 +190,28 @@ def promote(settings, run: str, version: int, judged_against: int | None, kill_a
     )
 
 
+def roll_back(settings, run: str, version: int, leave: int, kill_after: int = 0) -> None:
+    """As `loop/rollback.py` does it when it has verified the version: settle, look whether it was done, go back."""
+    left = [kill_after]
+    database, registry = DyingDatabase(settings.database_url, left), DyingAliases(settings, left)
+    promotion.settle(database, registry, "racer", holder=run)
+    asked = {"to": version, "why": "a trial", "by": "ada"}
+    if promotion.answered(database, "racer", asked, run) is None:
+        promotion.roll_back(database, registry, "racer", version=version, leave=leave, asked=asked, run_id=run)
+
+
 def look(settings, file: Path) -> None:
     """Write down where the alias is, what the verdict on it is, and every event."""
     registry = models.Registry(settings)
     champion = registry.champion("racer")
-    events = Database(settings.database_url).events("racer", kind=promotion.KIND)
+    database = Database(settings.database_url)
+    events = database.events("racer", kind=promotion.MOVES)
     found = {
         "champion": champion.version,
         "verdict": registry.lineage("racer", champion.version)["verdict"],
-        "events": [(event.run_id, event.body["status"], event.body["version"]) for event in events],
+        "events": [(event.run_id, event.body["status"], event.body.get("version")) for event in events],
+        "agrees": events[-1].body["champion"] == champion.version and database.first_bad("racer") is None,
+        "left": sorted(promotion.left(database, "racer")),
     }
     file.write_text(json.dumps(found))
 
@@ -229,7 +251,45 @@ def trial_promote(settings, champion: int | None, kills: tuple[int, ...], *, oth
     return found
 
 
-def trial_race(settings, races: int) -> dict:
+def trial_rollback(settings, champion: int, kills: tuple[int, ...], *, other_comes_next: bool) -> list[dict]:
+    """Kill after these writes of a rollback: 1 the intent, 2 the alias, 3 the tag, 4 the end."""
+    file, found = settings.home / "look.json", []
+
+    def come_next(version: int, judged_against: int, other: str) -> None:
+        with Database(settings.database_url).engine.begin() as connection:
+            connection.execute(sa.update(leases).values(expires_at="2000-01-01T00:00:00.000000+00:00"))
+        promote(settings, other, version, judged_against)
+
+    def again(run: str, version: int, leave: int) -> None:
+        roll_back(settings, run, version, leave)
+        look(settings, file)
+
+    for writes in kills:
+        run, other = f"back, killed after {writes}, next {other_comes_next}", f"other after back {writes}"
+        version, third = [candidate for candidate in (1, 2, 3) if candidate != champion][:2]
+        killed = not child(roll_back, settings, run, version, champion, writes)
+        if other_comes_next:
+            child(come_next, third, champion, other)
+        child(again, run, version, champion)
+        seen = json.loads(file.read_text())
+        found.append(
+            {
+                "writes": writes,
+                "killed": killed,
+                "champion": seen["champion"] == version,
+                "agrees": seen["agrees"],
+                "left": (champion in seen["left"]) == (version < champion),
+                "events": [status for at, status, of in seen["events"] if at == run and of == version],
+                "others": [status for at, status, _ in seen["events"] if at == other],
+            }
+        )
+        champion = seen["champion"]
+    return found
+
+
+def trial_race(settings, races: int, *, back: bool = False) -> dict:
+    """Two processes promote, or one of them goes back: each from the same champion."""
+    prefix = f"race {'back ' if back else ''}"
     fork = multiprocessing.get_context("fork")
     barrier = fork.Barrier(2)
 
@@ -239,9 +299,18 @@ def trial_race(settings, races: int) -> dict:
             barrier.wait()
             champion = registry.champion("racer").version
             version = [candidate for candidate in (1, 2, 3) if candidate != champion][me]
-            run = run_of("racer", f"race {number} of {me}", settings)
+            run = run_of("racer", f"{prefix}{number} of {me}", settings)
             barrier.wait()
-            promotion.promote(database, registry, run=run, version=version, judged_against=champion, verdict=PROMOTE)
+            if back and me:
+                with contextlib.suppress(RegistryError):  # the champion is another by then
+                    asked = {"to": version, "why": "a race", "by": "ada"}
+                    promotion.roll_back(
+                        database, registry, "racer", version=version, leave=champion, asked=asked, run_id=run.id
+                    )
+            else:
+                promotion.promote(
+                    database, registry, run=run, version=version, judged_against=champion, verdict=PROMOTE
+                )
 
     racers = [fork.Process(target=race, args=(me,)) for me in (0, 1)]
     for racer in racers:
@@ -252,7 +321,8 @@ def trial_race(settings, races: int) -> dict:
             sys.exit("a racer failed")
     database, registry = Database(settings.database_url), models.Registry(settings)
     by_race: dict[str, list[str]] = {}
-    events = [event for event in database.events("racer", kind=promotion.KIND) if event.run_id.startswith("race ")]
+    moves = database.events("racer", kind=promotion.MOVES)
+    events = [event for event in moves if (event.run_id or "").startswith(prefix)]
     for event in events:
         by_race.setdefault(event.run_id.rpartition(" of ")[0], []).append(event.body["status"])
     return {
@@ -276,8 +346,14 @@ if __name__ == "__main__":
         "promote": trial_promote(at, None, (1, 2, 3, 4), other_comes_next=False),
         # Four promotions of the first two versions by turns: version 2 is champion now.
         "next": trial_promote(at, 2, (1, 2), other_comes_next=True),
-        # What follows ends with connections of the script's own: the last trials of this home.
-        "race": trial_race(at, int(races)),
     }
+    # Each of these leaves version 2 as the champion.
+    answer["rollback"] = trial_rollback(at, 2, (1, 2, 3, 4), other_comes_next=False)
+    answer["overtaken"] = trial_rollback(at, 2, (1, 2), other_comes_next=True)
+    # A race ends with connections of its own: none but the last may be of this process.
+    file = at.home / "race.json"
+    child(lambda: file.write_text(json.dumps(trial_race(at, int(races)))))
+    answer["race"] = json.loads(file.read_text())
+    answer["back"] = trial_race(at, int(races), back=True)
     answer["register"] = trial_register(Path(place) / "killed", calls)
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -1,0 +1,149 @@
+"""Who was champion when and why, whether the record of it holds, and the way back."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from datetime import UTC
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from evergreen import database as db
+from evergreen.cli.terminal import AsJson, Since, minute, out, plain_table, show_json
+from evergreen.errors import RegistryError, nearest
+from evergreen.registry import ledger
+from evergreen.registry.ledger import Reign
+from evergreen.run import count
+from evergreen.settings import Settings
+
+app = typer.Typer(
+    help="The record of all events: whether it is as it was written, and all of it.", no_args_is_help=True
+)
+
+Model = Annotated[str, typer.Argument(help="The model: its pack's name.")]
+OnePack = Annotated[str | None, typer.Argument(help="One pack's only.")]
+Why = Annotated[str, typer.Option(help="Why; it stays in the ledger and on the version that is left.")]
+
+
+def history(model: Model, at: Since = None, as_json: AsJson = False) -> None:
+    """Which version was champion since when, by whose decision, on what evidence; with --at, at that instant."""
+    reigns = ledger.reigns(db.connect(Settings.from_env().database_url), model)
+    if at is not None:
+        found = ledger.at(reigns, at)
+        reigns = [found] if found else []
+    if as_json:
+        show_json([{"model": model, **reign.model_dump(mode="json")} for reign in reversed(reigns)])
+        return
+    if not reigns:
+        out().print(f"{model} had no champion{f' at {minute(at)}' if at else ''}")
+        return
+    table = plain_table("champion", "since", "until", "by", "because", "run")
+    for reign in reversed(reigns):
+        until = minute(reign.until) if reign.until else "now"
+        version = f"version {reign.version}" if reign.version else "none"
+        table.add_row(version, minute(reign.since), until, _decided(reign), Text(_because(reign)), reign.run_id or "")
+    out().print(table)
+
+
+def _decided(reign: Reign) -> str:
+    who = {"gate": "the gate", "rollback": "rollback", "foreign": "somebody, by hand", "person": "a person"}[reign.by]
+    return f"{who}: {reign.who}" if reign.who else who
+
+
+def _because(reign: Reign) -> str:
+    return f"{reign.why}; it answers {', '.join(reign.alerts)}" if reign.alerts else reign.why
+
+
+def rollback(
+    model: Model,
+    why: Why,
+    to: Annotated[int | None, typer.Option(help="The version; by default the champion before this one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an earlier champion champion again, in seconds, once its bytes and its predictions are verified."""
+    from evergreen.loop import rollback as back
+
+    settings = Settings.from_env()
+    _require(settings, model)
+    _show(back.rollback(settings, model, to=to, why=why, by=getpass.getuser()), as_json=as_json)
+
+
+def drill(model: Model, as_json: AsJson = False) -> None:
+    """Rehearse a rollback under the alias `drill`, and say how many seconds it takes. The champion stays."""
+    from evergreen.loop import rollback as back
+
+    settings = Settings.from_env()
+    _require(settings, model)
+    _show(back.drill(settings, model, by=getpass.getuser()), as_json=as_json)
+
+
+def _show(restored: Any, *, as_json: bool) -> None:
+    if as_json:
+        show_json(restored.model_dump(mode="json"))
+        return
+    console = out()
+    for step in restored.steps:
+        console.print(
+            Text.assemble(
+                ("\N{CHECK MARK} ", "green"), (f"{step.name:<12}", "bold"), f"{step.said}  {step.seconds:.1f} s"
+            )
+        )
+    if restored.drill:
+        end = f"a rollback to version {restored.version} would take {restored.seconds:.1f} s; nothing was changed"
+    elif not restored.steps:
+        end = f"version {restored.version} is champion since {minute(restored.at)}, by this very rollback; --to goes further"
+    else:
+        left = f", instead of version {restored.previous}" if restored.previous else ""
+        end = f"version {restored.version} is champion{left}: {restored.why}  {restored.seconds:.1f} s"
+    console.print(Text(end))
+
+
+def _require(settings: Settings, model: str) -> None:
+    known = db.connect(settings.database_url).packs()
+    if model not in known:
+        raise RegistryError(f"nothing is known of a model {model!r}", fix=nearest(model, {*known} - {db.HOME}))
+
+
+@app.command()
+def verify(pack: OnePack = None, as_json: AsJson = False) -> None:
+    """Whether every event is as it was written: none edited, removed, added between others, put elsewhere or cut off.
+
+    A chain that holds is noted in the repository of snapshots, for the next time. The exit status is 1 where one does
+    not hold.
+    """
+    from evergreen import work
+    from evergreen.data.store import Store
+
+    settings = Settings.from_env()
+    database = db.connect(settings.database_url)
+    packs = [pack] if pack else sorted({*database.packs(), *Store(settings).noted()})
+    found = []
+    for name in packs:
+        verified = ledger.verify(database, name, work.checkpoints(settings, name))
+        head = database.latest(name) if verified.holds else None
+        if head is not None:
+            work.note_head(settings, head)
+        found.append(verified)
+    if pack and not found[0].events and found[0].holds:
+        raise RegistryError(f"nothing is known of a pack {pack!r}", fix=nearest(pack, set(database.packs())))
+    if as_json:
+        show_json([one.model_dump(mode="json") for one in found])
+    else:
+        for one in found:
+            mark, colour = ("\N{CHECK MARK}", "green") if one.holds else ("\N{BALLOT X}", "red")
+            after = f"; the last {count(one.uncovered, 'event')} had no checkpoint until now" if one.uncovered else ""
+            out().print(Text.assemble((f"{mark} ", colour), (one.pack, "bold"), f"  {one.what}{after}"))
+    if not all(one.holds for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(pack: OnePack = None, since: Since = None) -> None:
+    """All events as JSON Lines, with their hashes, in the order in which they were appended."""
+    database = db.connect(Settings.from_env().database_url)
+    for event in database.events(pack, since=since):
+        at = event.at.astimezone(UTC).isoformat()
+        sys.stdout.write(json.dumps({**vars(event), "at": at}, sort_keys=True) + "\n")
