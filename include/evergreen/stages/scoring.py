@@ -29,7 +29,6 @@ from evergreen.run import (
     step,
 )
 from evergreen.settings import Settings
-from evergreen.training import jobs
 from evergreen.work import manifest_of
 
 if TYPE_CHECKING:
