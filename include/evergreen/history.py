@@ -25,7 +25,7 @@ def history_of(database: Database, run_id: str, pack: str | None = None) -> dict
     """One run: its stages with state, summary and seconds; its failure, verdict, version, metrics and snapshot.
 
     `alerts` are those that it answers, the one that started it first. `outcome` is running, failed, promoted, rejected,
-    review or unchanged (nothing new was learned).
+    waiting (for a person), superseded or unchanged (nothing new was learned).
     """
     events = _events_of(database, run_id, pack)
     begin = next(event for event in events if event.kind == "run")
@@ -34,6 +34,10 @@ def history_of(database: Database, run_id: str, pack: str | None = None) -> dict
     failure = next((event.body for event in reversed(events) if event.kind == "failure"), None)
     if failure is not None and failure["stage"] in values:
         failure = None  # a later attempt succeeded
+    outcome = _outcome(promoted, failure, events)
+    champion = promoted["champion"] if promoted else None
+    if promoted and outcome == "promoted":
+        champion = promoted["version"]  # also where a person said so later
     return {
         "run_id": run_id,
         "pack": begin.pack,
@@ -41,12 +45,12 @@ def history_of(database: Database, run_id: str, pack: str | None = None) -> dict
         "as_of": begin.body["as_of"],
         "reason": begin.body["reason"],
         "alerts": list(dict.fromkeys(event.key for event in events if event.kind in ("intent", "decision"))),
-        "outcome": _outcome(promoted, failure),
+        "outcome": outcome,
         "stages": stages,
         "failure": failure,
         "verdict": promoted["verdict"] if promoted else None,
         "version": values["register"]["version"] if "register" in values else None,
-        "champion": promoted["champion"] if promoted else None,
+        "champion": champion,
         "metrics": _metrics(evaluated) if evaluated else None,
         "judged_against": evaluated["champion"]["version"] if evaluated and evaluated["champion"] else None,
         "snapshot": values["snapshot"]["tag"] if "snapshot" in values else None,
@@ -68,6 +72,11 @@ def last_look(database: Database, pack: str) -> dict[str, Any] | None:
     source = newest if newest.kind == "drift" else database.latest(pack, kind="drift", key=newest.key)
     assert source is not None, "a receipt names a look's event"
     return at | {name: source.body["value"][name] for name in ("as_of", "champion", "kind", "reasons")}
+
+
+def value_of(database: Database, pack: str, run_id: str, stage: str) -> dict[str, Any] | None:
+    """The value that a stage of a run gave or was found to have, as it was written then; None where it gave none."""
+    return _stages(database, database.events(pack, run_id=run_id))[1].get(stage)
 
 
 def why_run(database: Database, run_id: str, pack: str | None = None) -> list[dict[str, Any]]:
@@ -127,14 +136,29 @@ def _stages(database: Database, events: list[Event]) -> tuple[list[dict[str, Any
     return [rows[name] for name in STAGE_VALUES if name in rows], values
 
 
-def _outcome(promoted: Mapping[str, Any] | None, failure: Any) -> str:
+def _outcome(promoted: Mapping[str, Any] | None, failure: Any, events: list[Event]) -> str:
     if promoted is None:
         return "failed" if failure else "running"
+    if promoted.get("waits"):
+        return _answered(events)
     if promoted["previous"] == promoted["version"] == promoted["champion"]:
         return "unchanged"
     if promoted["verdict"]["decision"] == "promote":
         return "promoted" if promoted["champion"] == promoted["version"] else "superseded"
     return {"reject": "rejected", "review": "review"}[promoted["verdict"]["decision"]]
+
+
+def _answered(events: list[Event]) -> str:
+    """What became of a version that waited for a person."""
+    last = next((event.body for event in reversed(events) if event.kind == "approval"), {"status": "asked"})
+    if last["status"] != "answered":
+        return {"asked": "waiting", "superseded": "superseded"}[last["status"]]
+    if last["choice"] == "reject":
+        return "rejected"
+    moved = next((event.body for event in reversed(events) if event.kind == "promotion"), None)
+    if moved is None or moved["status"] == "intended":
+        return "waiting"  # for the promotion that was decided to be done
+    return "promoted" if moved["status"] == "done" else "superseded"
 
 
 def _metrics(evaluated: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -240,7 +240,10 @@ class GateRules(Part):
     primary: PrimaryRule
     slices: tuple[SliceRule, ...] = ()
     latency_p95_ms: float | None = Field(default=None, gt=0)
-    promotion: Literal["automatic"] = "automatic"
+    promotion: Literal["automatic", "approval"] = "automatic"
+    """Who has the last word on a challenger that the gate would promote: the gate, or a person."""
+    approval_timeout: Duration = timedelta(days=7)
+    """How long a person has to answer; then the challenger is rejected."""
 
 
 WINDOWS = re.compile(r"([1-9]\d?) of ([1-9]\d?)")

@@ -400,14 +400,18 @@ class Promoted(Value):
     """The champion's version after the run."""
     previous: int | None
     """The champion's version before it."""
+    waits: bool = False
+    """The version waits for a person's answer."""
 
     def summary(self) -> str:
+        stays = f"version {self.champion} stays champion" if self.champion else "there is still no champion"
         if self.champion == self.version and self.previous == self.version:
             head = f"version {self.version} is champion already"
         elif self.champion == self.version:
             head = f"version {self.version} is champion"
+        elif self.waits:
+            head = f"{self.verdict.decision} version {self.version}, which waits for approval; {stays}"
         else:
-            stays = f"version {self.champion} stays champion" if self.champion else "there is still no champion"
             head = f"{self.verdict.decision} version {self.version}; {stays}"
         return f"{head}: {self.verdict.reasons[0]}" if self.verdict.reasons else head
 
@@ -429,7 +433,12 @@ class Run:
     @property
     def slug(self) -> str:
         """12 hex digits of the id's sha256."""
-        return hashlib.sha256(self.id.encode()).hexdigest()[:12]
+        return slug_of(self.id)
+
+
+def slug_of(run_id: str) -> str:
+    """12 hex digits of the id's sha256."""
+    return hashlib.sha256(run_id.encode()).hexdigest()[:12]
 
 
 STAGE_VALUES: dict[str, type[Value]] = {

@@ -136,6 +136,10 @@ def show_end(console: Console, ended: dict[str, Any], log_file: Path) -> None:
         console.print(
             f"look further: evergreen lineage {name}@{ended['version']} · evergreen why '{ended['run_id']}' · make up"
         )
+    if ended["outcome"] == "waiting":
+        version = f"{ended['pack']}@{ended['version']}"
+        console.print(f"[bold]{version} waits for approval[/]: evergreen report {version}, then, here or in the Airflow UI:")
+        console.print(f"  evergreen approve {version} --why …  or  evergreen reject {version} --why …")
 
 
 def _closing_lines(ended: dict[str, Any]) -> dict[str, str]:

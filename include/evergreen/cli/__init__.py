@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from evergreen.cli import alerts, drift, home, ledger, packs, runs
+from evergreen.cli import alerts, approval, drift, home, ledger, packs, runs
 from evergreen.errors import EvergreenError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ for command in (
     *(alerts.simulate, alerts.sender, alerts.metrics),
     drift.drift,
     *(ledger.history, ledger.rollback, ledger.drill),
+    *(approval.report, approval.approve, approval.reject),
     *(home.up, home.down),
 ):
     app.command(command.__name__.replace("_", "-"))(command)

@@ -140,7 +140,7 @@ def lineage(
     as_json: AsJson = False,
 ) -> None:
     """What made a version: data, code, environment, hardware, parameters, metrics, verdict."""
-    registry, version = _version(Settings.from_env(), model)
+    registry, version = version_named(Settings.from_env(), model)
     whole = registry.lineage(version.name, version.version)
     if as_json:
         show_json(whole)
@@ -168,7 +168,7 @@ def predict(
     from evergreen.stages.scoring import predict as predict_rows
 
     settings = Settings.from_env()
-    _, version = _version(settings, model)
+    _, version = version_named(settings, model)
     predictions = predict_rows(settings, version, file)
     if output is not None:
         if output.suffix == ".csv":
@@ -186,11 +186,12 @@ def predict(
         out().print(f"{predictions.height} predictions of {version.name} version {version.version} in {output}")
 
 
-def _version(settings: Settings, model: str) -> tuple[Any, Any]:
+def version_named(settings: Settings, model: str, default: str = "champion") -> tuple[Any, Any]:
+    """The registry, and the version that MODEL@VERSION or MODEL@ALIAS names."""
     from evergreen.registry.models import Registry
 
     name, _, ref = model.partition("@")
     if not name:
         raise RegistryError(f"{model!r} names no model", fix="write MODEL@champion or MODEL@VERSION")
     registry = Registry(settings)
-    return registry, registry.version(name, ref or "champion")
+    return registry, registry.version(name, ref or default)

@@ -15,6 +15,7 @@ import numpy as np
 
 from evergreen.monitoring.drift import ColumnDrift, Drift, Kind, Triage, triage
 from evergreen.pack import DriftRules
+from evergreen.page import head
 from evergreen.run import canonical_json, count
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def page(
     unmoved = "".join(card for name, card in cards.items() if name not in violated)
     return "".join(
         [
-            _HEAD.replace("{title}", escape(f"{pack}: {found.kind}")),
+            head(f"{pack}: {found.kind}", _STYLE),
             f'<header class="{COLOURS[found.kind]}"><p class="pack">{escape(pack)} <span>drift</span></p>',
             f"<h1>{escape(found.kind)} <small>{escape(found.action)}</small></h1>",
             f"<p>{_day(newest.start)} … {_day(newest.end)}, {count(newest.rows, 'row')}, beside what the champion ",
@@ -338,27 +339,7 @@ _LEGEND = (
     "<span><i class=dash></i>what the pack allows</span></p>"
 )
 
-_HEAD = """<!doctype html>
-<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
-<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name=color-scheme content="light dark"><link rel=icon href="data:,"><title>{title}</title><style>
-:root{--paper:#fff;--card:#f8fafc;--edge:#e2e8f0;--ink:#0f172a;--soft:#526075;--was:#b6c2d1;--is:#0f766e;--bad:#c2410c;
---fault:#b91c1c;--shift:#c2410c;--season:#6d28d9;--calm:#0f766e;--quiet:#64748b}
-@media (prefers-color-scheme:dark){:root{--paper:#0b1220;--card:#131c2e;--edge:#263349;--ink:#e7ecf3;--soft:#9aa8bb;
---was:#47566d;--is:#2dd4bf;--bad:#fb923c;--fault:#f87171;--shift:#fb923c;--season:#a78bfa;--calm:#2dd4bf;--quiet:#94a3b8}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1200px;margin:auto;padding:24px 20px 40px}
-header{border-left:6px solid var(--tone);padding:2px 0 2px 18px;margin-bottom:28px}
-header p{margin:0;color:var(--soft)}.pack{font-weight:600}.pack span,h3 span{font-weight:400;color:var(--soft)}
-h1{margin:0;font-size:34px;line-height:1.25;color:var(--tone)}h1::first-letter{text-transform:uppercase}
-h1 small{font-size:16px;font-weight:500;color:var(--ink);margin-left:8px}
-h2{font-size:13px;letter-spacing:.08em;text-transform:uppercase;color:var(--soft);margin:32px 0 10px}
-h3{font-size:15px;margin:0 0 6px;overflow-wrap:anywhere}section>h3{margin:20px 0 4px;font-weight:500}
-.fault{--tone:var(--fault)}.shift{--tone:var(--shift)}.season{--tone:var(--season)}.calm{--tone:var(--calm)}
-.quiet{--tone:var(--quiet)}
-.why{margin:0;padding-left:20px;overflow-wrap:anywhere}.why li{margin:3px 0}.why li:first-child{font-weight:600}
-.over{max-width:760px}.timeline{display:flex;gap:2px;list-style:none;margin:0;padding:0}
+_STYLE = """.over{max-width:760px}.timeline{display:flex;gap:2px;list-style:none;margin:0;padding:0}
 .timeline li{flex:1;height:22px;border-radius:3px;background:var(--tone)}.timeline .quiet{opacity:.35}
 .ends{display:flex;justify-content:space-between;margin:2px 0 0;color:var(--soft);font-size:13px}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0 0;font-size:13px;color:var(--soft)}
@@ -370,17 +351,11 @@ background:var(--tone)}.key i.was{background:var(--was)}.key i.is{background:var
 article{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:14px 16px;min-width:0}
 article.fault,article.shift{border-top:3px solid var(--tone)}
 .finding{margin:0 0 6px;color:var(--tone);font-size:14px;overflow-wrap:anywhere}
-.leans{max-width:420px}.note{color:var(--soft);font-size:13px;margin:4px 0}
+.leans{max-width:420px}
 svg{display:block;width:100%;height:auto;overflow:visible}svg.psis{margin:8px 0 2px}
 svg text{font-size:11px;fill:var(--soft);font-family:inherit}
 .was{fill:var(--was)}.is{fill:var(--is)}.good{fill:var(--was)}.bad{fill:var(--bad)}.point{fill:var(--is)}
 .line{fill:none;stroke:var(--is);stroke-width:1.8;stroke-linejoin:round}.axis{stroke:var(--edge)}
 .level{stroke:var(--soft)}.limit{stroke:var(--bad);stroke-dasharray:4 3}.whisker{stroke:var(--soft);stroke-width:1.5}
-dl{display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0 0;font-size:13px}dl div{display:flex;gap:6px}
-dt{color:var(--soft)}dd{margin:0;font-variant-numeric:tabular-nums}
-footer{margin-top:32px;padding-top:12px;border-top:1px solid var(--edge);color:var(--soft);font-size:13px}
-footer p{margin:4px 0;overflow-wrap:anywhere}
-@media (max-width:480px){main{padding:16px 14px 32px}h1{font-size:28px}h1 small{display:block;margin:0}.timeline{gap:1px}
-svg.wide text{font-size:18px}}
-</style></head><body><main>
+@media (max-width:480px){.timeline{gap:1px}svg.wide text{font-size:18px}}
 """

@@ -11,6 +11,7 @@ from typing import Any
 from airflow.sdk import DAG, Param, get_parsing_context
 
 from evergreen.errors import PackError
+from evergreen.orchestration.approval import build, start_task
 from evergreen.orchestration.tasks import monitor_task, rollback_task, signature, stage_task
 from evergreen.pack import Pack, find
 from evergreen.settings import Settings
@@ -96,8 +97,11 @@ def _checked(folder: Path, build: Build) -> DAG | None:
     return dag
 
 
-def training_dag(pack: Pack) -> DAG:
-    """`<pack>__train`: ingest → validate → snapshot → train → evaluate → register → promote."""
+def training_dag(pack: Pack, *, asks: bool = True) -> DAG:
+    """`<pack>__train`: ingest → validate → snapshot → train → evaluate → register → promote → approval.
+
+    The last starts the run that asks a person, where one is to be asked; `asks` is False where no scheduler would run it.
+    """
     with _dag(pack, "train", pack.triggers.schedule) as dag:
         made: dict[type, Any] = {}
         before = None
@@ -107,6 +111,8 @@ def training_dag(pack: Pack) -> DAG:
             if before is not None:
                 before >> output
             made[gives] = before = output
+        if asks:
+            before >> start_task(pack)
     # Last: Airflow copies the parameters that a DAG has into every task made after them, four times each.
     dag.params.update(PARAMS)
     return dag
@@ -132,7 +138,15 @@ def rollback_dag(pack: Pack) -> DAG:
     return dag
 
 
-def _dag(pack: Pack, what: str, schedule: str | None) -> DAG:
+def approval_dag(pack: Pack) -> DAG:
+    """`<pack>__approval`: ask → answer, for the version of the training run that it is given."""
+    dag = _dag(pack, "approval", None, max_active_runs=16)  # the newer question is asked before the older one ends
+    build(dag, pack)
+    dag.params.update({"run": Param(type="string", title="Run", description="The training run whose version waits.")})
+    return dag
+
+
+def _dag(pack: Pack, what: str, schedule: str | None, max_active_runs: int = 1) -> DAG:
     return DAG(
         dag_id=f"{pack.name}__{what}",
         description=pack.description,
@@ -140,7 +154,7 @@ def _dag(pack: Pack, what: str, schedule: str | None) -> DAG:
         schedule=schedule,
         start_date=START,
         catchup=False,
-        max_active_runs=1,
+        max_active_runs=max_active_runs,
         auto_register=False,  # the DAG file says which DAGs are its own
         default_args={"owner": pack.owner},
         tags={"evergreen", what, *pack.tags},

@@ -111,7 +111,7 @@ def run_in_process(settings: Settings, pack: str, conf: Mapping[str, Any]) -> Fi
     from evergreen.orchestration.dags import training_dag
 
     loaded = load(settings.packs, pack)
-    dag = training_dag(loaded)
+    dag = training_dag(loaded, asks=False)
     dag.fileloc = str(settings.project / "dags" / "training.py")
     ahead = _Ahead(settings, loaded)
     logging.getLogger("evergreen").addHandler(ahead)

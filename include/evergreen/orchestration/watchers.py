@@ -1,19 +1,22 @@
-"""The inbox's bell: an Airflow trigger that wakes the admission DAG while alerts are due."""
+"""Airflow triggers: one wakes the admission DAG while alerts are due, one a question that nobody needs to answer any more."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
+from airflow.providers.standard.triggers.hitl import HITLTrigger, update_hitl_detail_response
 from airflow.triggers.base import BaseEventTrigger, TriggerEvent
 
 from evergreen import database as db
 from evergreen.settings import Settings
 
 POLL_S = 0.2
+ANSWER_POLL_S = 2.0
 APART_S = 1.0
 """How long until it rings for another alert of a pack that it has just rung for."""
 AGAIN_S, AGAIN_AT_MOST_S = 2.0, 60.0
@@ -61,3 +64,48 @@ def _due() -> dict[str, int]:
     from evergreen.triggers import inbox
 
     return inbox.newest_due(db.connect(Settings.from_env().database_url), datetime.now(UTC))
+
+
+class AnswerBell(HITLTrigger):
+    """Waits for a person, the time-out, or the end of what the question is about: whichever comes first.
+
+    An answer on Airflow's page resumes the task by itself; one that came before the task slept is found here.
+    """
+
+    def __init__(self, *, pack: str, run: str, **more: Any) -> None:
+        super().__init__(**more)
+        self.pack = pack
+        self.run_id = run
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        _, more = super().serialize()
+        return f"{AnswerBell.__module__}.{AnswerBell.__qualname__}", {**more, "pack": self.pack, "run": self.run_id}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """One event."""
+        while True:
+            if why := await asyncio.to_thread(self._overtaken):
+                # What the page then shows in place of its buttons. A person may have been quicker.
+                with contextlib.suppress(Exception):
+                    await asyncio.to_thread(
+                        update_hitl_detail_response, self.ti_id, chosen_options=[], params_input={"comment": why}
+                    )
+                yield TriggerEvent({"overtaken": why})
+                return
+            if self.timeout_datetime and self.timeout_datetime < datetime.now(UTC):
+                yield await self._handle_timeout()
+                return
+            if (event := await self._handle_response()) is not None:
+                yield event
+                return
+            await asyncio.sleep(ANSWER_POLL_S)
+
+    def _overtaken(self) -> str | None:
+        from evergreen.errors import EvergreenError
+        from evergreen.registry import approval
+
+        try:
+            return approval.overtaken(db.connect(Settings.from_env().database_url), self.pack, self.run_id)
+        except EvergreenError as error:  # a database that is away is asked again
+            self.log.warning("whether the answer is still waited for cannot be told: %s", error)
+            return None

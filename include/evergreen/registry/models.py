@@ -174,6 +174,12 @@ class Registry:
             },
         )
 
+    def describe(self, name: str, version: int, text: str) -> None:
+        """Write what stands beside a version in MLflow's UI, as markdown."""
+        self.version(name, version)
+        with self._explained(f"cannot describe {name} version {version}"):
+            self._client.update_model_version(name, str(version), text)
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     def versions(self, name: str) -> list[ModelVersion]:

@@ -37,14 +37,15 @@ def promote(
     version: int,
     judged_against: int | None,
     verdict: Verdict,
+    holder: str | None = None,
 ) -> int | None:
     """Write the verdict on `version` and, if it is to promote, move the champion alias; return the champion after it.
 
-    Nothing moves, and a `void` event says why, when the champion is no longer `judged_against`. Again after any kill,
+    `holder` takes the lease, the run itself where it is None. Nothing moves, and a `void` event says why, when the champion is no longer `judged_against`. Again after any kill,
     it ends as an undisturbed call would. Raises RegistryError, DatabaseError, LeaseHeldError.
     """
     pack = run.pack.name
-    with database.lease(f"promotion:{pack}", run.id, wait_s=WAIT_S):
+    with database.lease(f"promotion:{pack}", holder or run.id, wait_s=WAIT_S):
         champion = _settle(database, registry, pack)
         if verdict.decision != "promote" or champion == version:
             registry.judge(pack, version, verdict)

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from evergreen import database as db
-from evergreen import looks
+from evergreen import looks, reports
 from evergreen.data import validation
 from evergreen.data.store import Store
 from evergreen.errors import StageError
 from evergreen.evaluation import gate
+from evergreen.evaluation.report import description
 from evergreen.keys import code_hash, note, perform, recorded
-from evergreen.pack import Pack
-from evergreen.registry import lineage, promotion
+from evergreen.pack import GateRules, Pack
+from evergreen.registry import approval, lineage, promotion
 from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
     Evaluated,
@@ -366,6 +367,7 @@ def promote(run: Run, evaluated: Evaluated, registered: Registered) -> Promoted:
     registry = Registry(run.settings)
 
     def act() -> Promoted:
+        waits = False
         promotion.settle(database, registry, pack.name, holder=run.id)
         champion = registry.champion(pack.name)
         previous = champion.version if champion else None
@@ -381,20 +383,31 @@ def promote(run: Run, evaluated: Evaluated, registered: Registered) -> Promoted:
             after = previous
         else:
             verdict = _verdict(run, database, evaluated, registered, champion)
-            after = promotion.promote(
-                database,
-                registry,
-                run=run,
-                version=registered.version,
-                judged_against=_judged_against(evaluated, champion),
-                verdict=verdict,
-            )
-        moved = promotion.moved_by(database, run, registered.version)
-        if moved is not None:
-            checkpoint(run.settings, moved)
+            judged_against = _judged_against(evaluated, champion)
+            door = {"run": run, "version": registered.version, "judged_against": judged_against, "verdict": verdict}
+            report = reports.of_version(run.settings, pack.name, registered.version, pack.description)
+            registry.describe(pack.name, registered.version, description(report))
+            waits = _asks(verdict, pack.gate)
+            if waits:
+                after, overtaken = previous, approval.ask(database, registry, **door)
+            else:
+                after = promotion.promote(database, registry, **door)
+                promoted = after == registered.version
+                overtaken = approval.retire(database, registry, pack.name, after) if promoted else []
+            for version in overtaken:
+                note(run, "promote", "progress", f"version {version} waits for approval no longer")
+        if (mine := promotion.moved_by(database, run, registered.version)) is not None:
+            checkpoint(run.settings, mine)
         for reason in verdict.reasons:
             note(run, "promote", "progress", reason)
-        return Promoted(model=pack.name, version=registered.version, verdict=verdict, champion=after, previous=previous)
+        return Promoted(
+            model=pack.name,
+            version=registered.version,
+            verdict=verdict,
+            champion=after,
+            previous=previous,
+            waits=waits,
+        )
 
     return perform(
         run,
@@ -402,7 +415,7 @@ def promote(run: Run, evaluated: Evaluated, registered: Registered) -> Promoted:
         result=Promoted,
         inputs={"run": run.id, "version": registered.version, "evaluated": digest(evaluated)},
         parameters={"rules": pack.gate.model_dump(mode="json")},
-        code=_code("evaluation/gate.py", "registry/promotion.py"),
+        code=_code("evaluation/gate.py", "registry/promotion.py", "registry/approval.py"),
         act=act,
         outputs=lambda _value: [],
         intact=lambda _ref: True,
@@ -436,6 +449,11 @@ def _verdict(
     )
     database.append(pack.name, "verdict", {"saw": saw, "verdict": verdict.model_dump(mode="json")}, run_id=run.id)
     return verdict
+
+
+def _asks(verdict: Verdict, rules: GateRules) -> bool:
+    """Whether a person has the last word."""
+    return verdict.decision == "review" or (verdict.decision == "promote" and rules.promotion == "approval")
 
 
 def _verdict_of(run: Run, database: db.Database) -> Verdict:

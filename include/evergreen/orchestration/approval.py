@@ -1,0 +1,142 @@
+"""The approval DAG of a pack: a question on Airflow's own page, and whatever comes of it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from airflow.providers.standard.operators.hitl import HITLOperator
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
+from airflow.sdk import DAG, Param, get_current_context, task
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException, TaskAwaitingInput
+
+from evergreen.orchestration.watchers import AnswerBell
+from evergreen.pack import Pack
+from evergreen.run import slug_of
+from evergreen.settings import Settings
+
+RETRY: dict[str, Any] = {"retries": 3, "retry_delay": timedelta(seconds=5)}
+
+
+def build(dag: DAG, pack: Pack) -> None:
+    """The tasks of `<pack>__approval`: ask → answer."""
+    asked = Ask(
+        task_id="ask",
+        pack=pack.name,
+        subject=f"{pack.name}: promote the challenger?",
+        options=["promote", "reject"],
+        defaults="reject",
+        params={
+            "comment": Param(
+                "",
+                type=["null", "string"],
+                title="Comment",
+                description="Why. It stays on the version and in the history.",
+                format="multiline",
+            )
+        },
+        response_timeout=pack.gate.approval_timeout,
+        doc_md="Show the report, and wait for an answer: without a slot, until the time-out rejects.",
+        dag=dag,
+        **RETRY,
+    )
+
+    @task(
+        task_id="answer",
+        dag=dag,
+        trigger_rule="all_done",
+        show_return_value_in_logs=False,
+        doc_md="Write down who said what, and do it. It runs whatever became of the question.",
+        **RETRY,
+    )
+    def answer(said: dict[str, str | None] | None) -> str:
+        from evergreen.loop import approval
+
+        context = get_current_context()
+        ended = approval.answer(
+            Settings.from_env(),
+            pack.name,
+            context["params"]["run"],
+            approval.Answer(**said, through="Airflow") if said else None,
+            holder=context["dag_run"].run_id,
+        )
+        if ended is None:
+            raise AirflowFailException(
+                "the question ended without an answer, and the version goes on waiting: clear the task ask, "
+                f"or use evergreen approve and evergreen reject"
+            )
+        return ended
+
+    answer(asked.output)
+
+
+class Ask(HITLOperator):
+    """Airflow's question to a person, its body the report; it ends too when nobody needs to answer any more."""
+
+    template_fields = ()  # what the report says is data
+
+    def __init__(self, *, pack: str, **more: Any) -> None:
+        super().__init__(**more)
+        self.pack = pack
+
+    def execute(self, context: Any) -> None:
+        from evergreen.loop import approval
+
+        settings, run = Settings.from_env(), context["params"]["run"]
+        if why := approval.overtaken(settings, self.pack, run):
+            raise AirflowSkipException(why)
+        self.subject, self.body = approval.question(settings, self.pack, run)
+        try:
+            super().execute(context)
+        except TaskAwaitingInput as waits:
+            # Parked like that, a task hears of a person and of the time-out, and of nothing else.
+            self.defer(
+                trigger=AnswerBell(
+                    pack=self.pack,
+                    run=run,
+                    ti_id=context["task_instance"].id,
+                    options=self.options,
+                    defaults=self.defaults,
+                    params=self.serialized_params,
+                    timeout_datetime=context["task_instance"].start_date + waits.timeout,
+                ),
+                method_name="execute_complete",
+            )
+
+    def execute_complete(self, context: Any, event: dict[str, Any]) -> dict[str, str | None]:
+        if why := event.get("overtaken"):
+            raise AirflowSkipException(why)
+        heard = super().execute_complete(context, event)
+        person = heard["responded_by_user"]
+        return {
+            "choice": heard["chosen_options"][0],
+            "person": (person["name"] or person["id"]) if person else None,
+            "comment": heard["params_input"].get("comment") or "",
+        }
+
+
+class StartApproval(TriggerDagRunOperator):
+    """Asks for the run of `<pack>__approval`, where the version waits; its id is the training run's, so it is one run."""
+
+    template_fields = ()
+
+    def execute(self, context: Any) -> None:
+        promoted = context["ti"].xcom_pull(task_ids="promote")
+        if not promoted["waits"]:
+            raise AirflowSkipException("nobody needs to be asked")
+        run_id = context["dag_run"].run_id
+        self.trigger_run_id = f"version_{promoted['version']}__{slug_of(run_id)}"
+        self.conf = {"run": run_id}
+        super().execute(context)
+
+
+def start_task(pack: Pack) -> StartApproval:
+    """The last task of `<pack>__train`."""
+    return StartApproval(
+        task_id="approval",
+        trigger_dag_id=f"{pack.name}__approval",
+        logical_date=None,
+        skip_when_already_exists=True,
+        doc_md="Where the verdict is for a person to give: start the run that asks.",
+        **RETRY,
+    )

@@ -1,0 +1,167 @@
+"""A person's word on a challenger: asked for once, answered once, then done through the one door (`promotion.py`).
+
+Everything about it is an event of kind `approval` of the training run that asks. The first is `asked`; one more ends it:
+`answered`, by a person or by the time-out, or `superseded`, by a newer challenger or by a champion that is no longer
+the one it was judged against. Whoever appends that second event decides; everybody else is told what it says.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from evergreen.database import Database, Event
+from evergreen.errors import RegistryError
+from evergreen.registry import promotion
+from evergreen.registry.models import Registry
+from evergreen.run import Run, Value, Verdict
+
+KIND = "approval"
+CHALLENGER = "challenger"
+"""The alias of the version that waits."""
+
+
+class Answer(Value):
+    """What somebody said, or nobody in time."""
+
+    choice: Literal["promote", "reject"]
+    person: str | None
+    """None: nobody answered in time."""
+    comment: str = ""
+    through: str
+    """Where it was said: `Airflow` or `terminal`."""
+
+    def sentence(self) -> str:
+        done = {"promote": "promoted", "reject": "rejected"}[self.choice]
+        said = f"{done} by {self.person}" if self.person else f"{done}: nobody answered in time"
+        return f"{said}: {self.comment}" if self.comment else said
+
+
+def ask(
+    database: Database,
+    registry: Registry,
+    *,
+    run: Run,
+    version: int,
+    judged_against: int | None,
+    verdict: Verdict,
+) -> list[int]:
+    """Have `version` wait for a person's answer, in place of whatever waited before: → the versions that wait no more.
+
+    The alias `challenger` goes to it. Again after any kill, it ends as an undisturbed call would.
+    """
+    pack = run.pack.name
+    registry.judge(pack, version, verdict)
+    registry.set_alias(pack, CHALLENGER, version)
+    with database.chain(pack) as chain:
+        events = database.events(pack, kind=KIND)
+        if any(event.run_id == run.id for event in events):
+            return []
+        older = pending(events)
+        for event in older:
+            again = "the same version was judged again, and waits"
+            why = again if event.body["version"] == version else f"version {version} is newer, and waits for approval"
+            chain.append(KIND, _ended(event, "superseded", why=why), run_id=event.run_id)
+        body = {"status": "asked", "version": version, "judged_against": judged_against}
+        chain.append(KIND, {**body, "verdict": verdict.model_dump(mode="json")}, run_id=run.id)
+    return [event.body["version"] for event in older]
+
+
+def retire(database: Database, registry: Registry, pack: str, champion: int) -> list[int]:
+    """End what waits although `champion` was promoted meanwhile: → the versions that wait no more."""
+    with database.chain(pack) as chain:
+        older = [event for event in pending(database.events(pack, kind=KIND)) if event.body["version"] != champion]
+        for event in older:
+            body = _ended(event, "superseded", why=f"version {champion} was promoted meanwhile")
+            chain.append(KIND, body, run_id=event.run_id)
+    for event in older:
+        registry.drop_alias(pack, CHALLENGER, event.body["version"])
+    return [event.body["version"] for event in older]
+
+
+def pending(events: list[Event]) -> list[Event]:
+    """Of events of kind `approval`, those that ask and have no answer."""
+    last = {event.run_id: event for event in events}
+    return [event for event in last.values() if event.body["status"] == "asked"]
+
+
+def state(database: Database, pack: str, run_id: str) -> Event:
+    """The last event of the approval that a training run asked for. Raises RegistryError where it asked for none."""
+    found = database.latest(pack, kind=KIND, run_id=run_id)
+    if found is None:
+        raise RegistryError(
+            f"{pack}: the run {run_id!r} has not asked for approval",
+            fix=f"evergreen runs {pack} shows which version waits",
+        )
+    return found
+
+
+def overtaken(database: Database, pack: str, run_id: str) -> str | None:
+    """Why nobody needs to answer any more; None while the answer is waited for."""
+    last = state(database, pack, run_id)
+    if last.body["status"] != "asked":
+        return said(last)
+    moved = database.latest(pack, kind=promotion.KIND)
+    champion = moved.body["champion"] if moved else None
+    if moved is None or champion in (last.body["judged_against"], last.body["version"]):
+        return None
+    return f"the champion is {_named(champion)} now; the verdict was against {_named(last.body['judged_against'])}"
+
+
+def answer(database: Database, registry: Registry, *, run: Run, answer: Answer | None, holder: str) -> Event:
+    """Write down `answer` to what `run` asked, if it still waits, and do what was decided; → the event that ended it.
+
+    None answers nothing, and only does what was decided before or ends what was overtaken. An answer that comes after
+    another changes nothing. `holder` takes the lease of the promotion: a retry of a dead one has its name.
+    """
+    pack = run.pack.name
+    promotion.settle(database, registry, pack, holder=holder)
+    with database.chain(pack) as chain:
+        last = state(database, pack, run.id)
+        if last.body["status"] == "asked":
+            why = overtaken(database, pack, run.id)
+            if answer is not None:
+                body = _ended(last, "answered", **answer.model_dump(mode="json"))
+            elif why is not None:
+                body = _ended(last, "superseded", why=why)
+            else:
+                return last
+            last = chain.append(KIND, body, run_id=run.id)
+    _carry_out(database, registry, run, last, holder)
+    return last
+
+
+def _carry_out(database: Database, registry: Registry, run: Run, ended: Event, holder: str) -> None:
+    """Promote or reject the version, once, as the event says; either way it asks no longer."""
+    pack, version = run.pack.name, ended.body["version"]
+    moved = database.latest(pack, kind=promotion.KIND, run_id=run.id)
+    if ended.body["status"] == "answered" and (moved is None or moved.body["status"] not in ("done", "void")):
+        asked = database.events(pack, kind=KIND, run_id=run.id, limit=1)[0]
+        gate = Verdict.model_validate(asked.body["verdict"])
+        promotion.promote(
+            database,
+            registry,
+            run=run,
+            version=version,
+            judged_against=ended.body["judged_against"],
+            verdict=Verdict(decision=ended.body["choice"], reasons=(said(ended), *gate.reasons)),
+            holder=holder,
+        )
+    if version not in {event.body["version"] for event in pending(database.events(pack, kind=KIND))}:
+        registry.drop_alias(pack, CHALLENGER, version)
+
+
+def said(ended: Event) -> str:
+    """One sentence on how an approval ended, or that it has not."""
+    body = ended.body
+    if body["status"] == "answered":
+        return Answer.model_validate({name: body[name] for name in Answer.model_fields}).sentence()
+    return f"superseded: {body['why']}" if body["status"] == "superseded" else "waits for approval"
+
+
+def _ended(asked: Event, status: str, **more: object) -> dict[str, object]:
+    kept = {name: asked.body[name] for name in ("version", "judged_against")}
+    return {"status": status, **kept, **more}
+
+
+def _named(version: int | None) -> str:
+    return f"version {version}" if version is not None else "no version"
