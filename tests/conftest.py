@@ -7,7 +7,9 @@ import pytest
 from tests.servers import MissingError, Postgres
 from xdist.scheduler import LoadFileScheduling
 
-AIRFLOWS = {f"tests/{file}.py" for file in ("e2e/test_admission", "e2e/test_alerts", "e2e/test_monitor")} | {
+AIRFLOWS = {
+    f"tests/{file}.py" for file in ("e2e/test_admission", "e2e/test_alerts", "e2e/test_approval", "e2e/test_monitor")
+} | {
     f"tests/{file}.py"
     for file in ("e2e/test_scheduler", "e2e/test_webhook", "faults/test_storm", "dags/test_processor")
 }

@@ -138,7 +138,9 @@ def show_end(console: Console, ended: dict[str, Any], log_file: Path) -> None:
         )
     if ended["outcome"] == "waiting":
         version = f"{ended['pack']}@{ended['version']}"
-        console.print(f"[bold]{version} waits for approval[/]: evergreen report {version}, then, here or in the Airflow UI:")
+        console.print(
+            f"[bold]{version} waits for approval[/]: evergreen report {version}, then, here or in the Airflow UI:"
+        )
         console.print(f"  evergreen approve {version} --why …  or  evergreen reject {version} --why …")
 
 

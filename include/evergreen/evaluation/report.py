@@ -12,6 +12,8 @@ from datetime import datetime
 from html import escape
 from typing import Literal, NamedTuple
 
+from pydantic import Field
+
 from evergreen.evaluation.metrics import METRICS, direction
 from evergreen.page import head
 from evergreen.run import Difference, Estimate, Evaluated, SliceEstimate, Value, Verdict, Window, count
@@ -66,7 +68,7 @@ class Report(Value):
     evaluated: Evaluated
     data: Data
     look: Look | None = None
-    made_by: dict[str, str] = {}
+    made_by: dict[str, str] = Field(default_factory=dict)
     """The gist of its lineage."""
     plots: tuple[str, ...] = ()
     """Names of the figures, `roc.png`, in their order."""
@@ -95,7 +97,9 @@ def headline(report: Report) -> str:
 
 def told(report: Report) -> str:
     """When, why, and beside whom, in one line."""
-    beside = f"beside version {_champion(report)}" if report.evaluated.champion else "without a champion to compare with"
+    beside = (
+        f"beside version {_champion(report)}" if report.evaluated.champion else "without a champion to compare with"
+    )
     return f"as of {_day(report.as_of)}, because {report.reason}; {beside}"
 
 
@@ -139,7 +143,7 @@ def _figures(report: Report) -> Section:
             more = [Cell(shown), Cell(change), Cell("")] if champion else []
             rows.append((Cell(name), Cell(f"{value:.{decimals}f}"), Cell(""), *more))
     title = f"version {report.version}"
-    columns = ("metric", title, "interval")
+    columns: tuple[str, ...] = ("metric", title, "interval")
     if champion is not None:
         columns += (f"version {_champion(report)}", "difference", "interval")
     where = f"On {count(mine.rows, 'row')}, {_window(evaluated.holdout)}, intervals of {evaluated.confidence:.0%}."
@@ -167,7 +171,7 @@ def _slices(report: Report) -> Iterator[Section]:
             for each in groups[:GROUPS]
         )
         more = (f"{count(len(groups) - GROUPS, 'more group')} changed less for the worse.",)
-        columns = (by, "rows", f"version {report.version}")
+        columns: tuple[str, ...] = (by, "rows", f"version {report.version}")
         if champion:
             columns += (f"version {_champion(report)}", "difference", "interval")
         yield Section(f"{metric} by {by}", more if len(groups) > GROUPS else (), columns, rows)
@@ -260,7 +264,9 @@ def _section(section: Section) -> str:
         heads = "".join(f"<th>{escape(column)}</th>" for column in section.columns)
         body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in section.rows)
         kind = "facts" if section.title == "Lineage" else "figures"
-        said += f"<div class=wide><table class={kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+        said += (
+            f"<div class=wide><table class={kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
     return f"<section><h2>{escape(section.title)}</h2>{said}</section>"
 
 

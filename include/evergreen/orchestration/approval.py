@@ -63,7 +63,7 @@ def build(dag: DAG, pack: Pack) -> None:
         if ended is None:
             raise AirflowFailException(
                 "the question ended without an answer, and the version goes on waiting: clear the task ask, "
-                f"or use evergreen approve and evergreen reject"
+                "or use evergreen approve and evergreen reject"
             )
         return ended
 

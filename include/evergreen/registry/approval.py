@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from evergreen.database import Database, Event
+from evergreen.database import Chain, Database, Event
 from evergreen.errors import RegistryError
+from evergreen.keys import note
 from evergreen.registry import promotion
 from evergreen.registry.models import Registry
 from evergreen.run import Run, Value, Verdict
@@ -44,38 +45,41 @@ def ask(
     version: int,
     judged_against: int | None,
     verdict: Verdict,
-) -> list[int]:
-    """Have `version` wait for a person's answer, in place of whatever waited before: → the versions that wait no more.
+) -> int | None:
+    """Have `version` wait for a person's answer, in place of whatever waited before; → the champion, which stays.
 
     The alias `challenger` goes to it. Again after any kill, it ends as an undisturbed call would.
     """
     pack = run.pack.name
-    registry.judge(pack, version, verdict)
-    registry.set_alias(pack, CHALLENGER, version)
-    with database.chain(pack) as chain:
-        events = database.events(pack, kind=KIND)
-        if any(event.run_id == run.id for event in events):
-            return []
-        older = pending(events)
-        for event in older:
-            again = "the same version was judged again, and waits"
-            why = again if event.body["version"] == version else f"version {version} is newer, and waits for approval"
-            chain.append(KIND, _ended(event, "superseded", why=why), run_id=event.run_id)
-        body = {"status": "asked", "version": version, "judged_against": judged_against}
-        chain.append(KIND, {**body, "verdict": verdict.model_dump(mode="json")}, run_id=run.id)
-    return [event.body["version"] for event in older]
+    champion = registry.champion(pack)
+    if database.latest(pack, kind=KIND, run_id=run.id) is None:
+        registry.judge(pack, version, verdict)
+        registry.set_alias(pack, CHALLENGER, version)
+        with database.chain(pack) as chain:
+            for event in pending(database.events(pack, kind=KIND)):
+                again = event.body["version"] == version
+                newer = "the same version was judged again" if again else f"version {version} is newer"
+                _supersede(chain, event, run, f"{newer}, and waits for approval")
+            body = {"status": "asked", "version": version, "judged_against": judged_against}
+            chain.append(KIND, {**body, "verdict": verdict.model_dump(mode="json")}, run_id=run.id)
+    return champion.version if champion else None
 
 
-def retire(database: Database, registry: Registry, pack: str, champion: int) -> list[int]:
-    """End what waits although `champion` was promoted meanwhile: → the versions that wait no more."""
+def retire(database: Database, registry: Registry, run: Run, champion: int) -> None:
+    """End what waits although `champion` was promoted meanwhile, by `run`."""
+    pack = run.pack.name
+    for event in pending(database.events(pack, kind=KIND)):
+        if event.body["version"] != champion:
+            registry.drop_alias(pack, CHALLENGER, event.body["version"])
     with database.chain(pack) as chain:
-        older = [event for event in pending(database.events(pack, kind=KIND)) if event.body["version"] != champion]
-        for event in older:
-            body = _ended(event, "superseded", why=f"version {champion} was promoted meanwhile")
-            chain.append(KIND, body, run_id=event.run_id)
-    for event in older:
-        registry.drop_alias(pack, CHALLENGER, event.body["version"])
-    return [event.body["version"] for event in older]
+        for event in pending(database.events(pack, kind=KIND)):
+            if event.body["version"] != champion:
+                _supersede(chain, event, run, f"version {champion} was promoted meanwhile")
+
+
+def _supersede(chain: Chain, asked: Event, by: Run, why: str) -> None:
+    chain.append(KIND, _ended(asked, "superseded", why=why), run_id=asked.run_id)
+    note(by, "promote", "progress", f"version {asked.body['version']} waits for approval no longer: {why}")
 
 
 def pending(events: list[Event]) -> list[Event]:

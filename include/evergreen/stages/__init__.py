@@ -375,6 +375,7 @@ def promote(run: Run, evaluated: Evaluated, registered: Registered) -> Promoted:
         if mine is not None and mine.body["status"] == "done":  # by an attempt of this run that was killed since
             verdict = _verdict_of(run, database)
             previous, after = mine.body["previous"], mine.body["champion"]
+            waits = _asks(verdict, pack.gate)  # a person may have answered by now
         elif champion is not None and champion.version == registered.version:
             verdict = Verdict(
                 decision="promote",
@@ -384,18 +385,20 @@ def promote(run: Run, evaluated: Evaluated, registered: Registered) -> Promoted:
         else:
             verdict = _verdict(run, database, evaluated, registered, champion)
             judged_against = _judged_against(evaluated, champion)
-            door = {"run": run, "version": registered.version, "judged_against": judged_against, "verdict": verdict}
             report = reports.of_version(run.settings, pack.name, registered.version, pack.description)
             registry.describe(pack.name, registered.version, description(report))
             waits = _asks(verdict, pack.gate)
-            if waits:
-                after, overtaken = previous, approval.ask(database, registry, **door)
-            else:
-                after = promotion.promote(database, registry, **door)
-                promoted = after == registered.version
-                overtaken = approval.retire(database, registry, pack.name, after) if promoted else []
-            for version in overtaken:
-                note(run, "promote", "progress", f"version {version} waits for approval no longer")
+            door = approval.ask if waits else promotion.promote
+            after = door(
+                database,
+                registry,
+                run=run,
+                version=registered.version,
+                judged_against=judged_against,
+                verdict=verdict,
+            )
+        if after == registered.version:
+            approval.retire(database, registry, run, after)
         if (mine := promotion.moved_by(database, run, registered.version)) is not None:
             checkpoint(run.settings, mine)
         for reason in verdict.reasons:

@@ -1,17 +1,14 @@
 """The report holds what was measured; the page shows it, escapes it, and asks nothing of the network."""
 
-import contextlib
 import json
-import os
 import re
-import shutil
-import subprocess
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 
 import numpy as np
 import polars as pl
 import pytest
+from tests.browser import CHROMIUM, Browser
 
 from evergreen.monitoring import report
 from evergreen.monitoring.drift import Performance, Triage, compare, triage
@@ -24,7 +21,6 @@ DATA = Data(target="late", event_time="at")
 START = datetime(2024, 1, 1, tzinfo=UTC)
 WEEK = timedelta(days=7)
 NASTY = "<img src=x onerror=alert(1)>&\"'"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def rows(number: int, n: int = 400, moved: float = 0.0) -> pl.DataFrame:
@@ -186,70 +182,6 @@ def test_a_long_history_is_cut_on_the_page(told):
     found, history, reference, window = told
     reader = read(report.page("flights", found, history * 30, RULES, reference, window))
     assert sum(tag == "li" and "title" in given for tag, given in reader.found) == report.WINDOWS
-
-
-class Browser:
-    """Chromium over its debugging pipe: what it fetched and complained of, and what a page computes."""
-
-    def __init__(self, folder) -> None:
-        there, back = os.pipe(), os.pipe()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
-        quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        pipe = f"exec {CHROMIUM} --remote-debugging-pipe --user-data-dir={folder} {' '.join(flags + quiet)} about:blank"
-        self.process = subprocess.Popen(
-            ["bash", "-c", f"{pipe} 3<&{there[0]} 4>&{back[1]}"],
-            pass_fds=(there[0], back[1]),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(there[0])
-        os.close(back[1])
-        self.write, self.read = os.fdopen(there[1], "wb"), os.fdopen(back[0], "rb")
-        self.said: list[dict] = []
-        self.session, self.asked = None, 0
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Network", "Log", "Runtime"):
-            self.ask(f"{domain}.enable")
-
-    def next(self) -> dict:
-        content = bytearray()
-        while (byte := self.read.read(1)) != b"\0":
-            assert byte, "Chromium has ended"
-            content += byte
-        message = json.loads(content)
-        if "method" in message:
-            self.said.append(message)
-        return message
-
-    def ask(self, method: str, **params):
-        self.asked += 1
-        message = {"id": self.asked, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
-        self.write.write(json.dumps(message).encode() + b"\0")
-        self.write.flush()
-        while (answer := self.next()).get("id") != self.asked:
-            pass
-        return answer["result"]
-
-    def open(self, url: str, width: int) -> None:
-        self.said.clear()
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.ask("Page.navigate", url=url)
-        while not any(each["method"] == "Page.loadEventFired" for each in self.said):
-            self.next()
-
-    def value(self, script: str):
-        return self.ask("Runtime.evaluate", expression=script, returnByValue=True)["result"]["value"]
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError, AssertionError):
-            self.session = None
-            self.ask("Browser.close")
-        self.write.close()
-        self.read.close()
-        self.process.wait(timeout=20)
 
 
 @pytest.fixture(scope="module")

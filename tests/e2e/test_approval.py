@@ -1,0 +1,214 @@
+"""A person's answer on Airflow's own page, given with a real browser: promote, reject, nobody in time, and superseded."""
+
+import json
+from functools import cached_property
+
+import pytest
+from tests.browser import CHROMIUM, Browser
+from tests.e2e.test_scheduler import PACK as PACK_YAML
+from tests.e2e.test_scheduler import TODAY, Home, until, write_pack
+
+from evergreen import database as db
+from evergreen import keys, stages
+from evergreen.history import history_of
+from evergreen.pack import load
+from evergreen.registry.models import Registry
+from evergreen.run import slug_of
+from evergreen.settings import Settings
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+]
+PACK = "asks"
+PRIMARY = "primary: {metric: roc_auc, min: 0.5"
+PATIENT = f"promotion: approval\n  {PRIMARY}"
+HASTY = f"promotion: approval\n  approval_timeout: 1s\n  {PRIMARY}"
+
+
+class Asking(Home):
+    """A home whose pack wants approval; all but one of its runs are performed here, up to the question."""
+
+    def write(self, gate=PATIENT, number=0):
+        """The pack; each number gives another model."""
+        folder = self.packs / PACK
+        if not folder.exists():
+            write_pack(folder)
+            model = (folder / "model.py").read_text("utf-8")
+            assert model.count(".mean())") == 1
+            (folder / "model.py").write_text(
+                model.replace(".mean())", ".mean()) + job.params['number'] / 100"), "utf-8"
+            )
+        text = PACK_YAML.format(schedule="null", wait=f"null, number: {number}")
+        assert PRIMARY in text
+        (folder / "pack.yaml").write_text(text.replace(PRIMARY, gate), "utf-8")
+
+    @cached_property
+    def settings(self):
+        return Settings.from_env(self.env)
+
+    @cached_property
+    def database(self):
+        return db.connect(self.settings.database_url)
+
+    def prepared(self, number):
+        """A run up to the version it registers; what is left is its verdict."""
+        self.write(number=number)
+        run = keys.begin(
+            self.settings, load(self.packs, PACK), f"run {number}", as_of=TODAY, scheduled=TODAY, reason="a test asked"
+        )
+        ingested = stages.ingest(run)
+        validated = stages.validate(run, ingested)
+        snapshot = stages.snapshot(run, ingested, validated)
+        trained = stages.train(run, snapshot)
+        evaluated = stages.evaluate(run, snapshot, trained)
+        return run, evaluated, stages.register(run, validated, snapshot, trained, evaluated)
+
+    def ask(self, prepared):
+        """The verdict, and the run of the approval DAG, asked for as the training DAG's last task does."""
+        promoted = stages.promote(*prepared)
+        assert promoted.waits
+        run = prepared[0].id
+        body = {"logical_date": None, "dag_run_id": approval_of(promoted.version, run), "conf": {"run": run}}
+        answer = self.airflow.post(f"/api/v2/dags/{PACK}__approval/dagRuns", json=body)
+        assert answer.is_success, answer.text
+        return approval_of(promoted.version, run)
+
+    def state(self, approval, task=""):
+        path = f"/api/v2/dags/{PACK}__approval/dagRuns/{approval}" + (f"/taskInstances/{task}" if task else "")
+        answer = self.airflow.get(path)
+        return answer.json()["state"] if answer.is_success else None
+
+    def waits(self, approval):
+        return until(lambda: self.state(approval, "ask") == "deferred")
+
+    def ended(self, approval):
+        return until(lambda: (state := self.state(approval)) in ("success", "failed") and state)
+
+    def events(self, run):
+        return [event.body for event in self.database.events(PACK, kind="approval", run_id=run)]
+
+    def outcome(self, run):
+        return history_of(self.database, run, PACK)["outcome"]
+
+
+def approval_of(version, run):
+    return f"version_{version}__{slug_of(run)}"
+
+
+class Page(Browser):
+    """Airflow's page of a question."""
+
+    def show(self, home, approval, text):
+        """Open it, and wait until it shows the text."""
+        address = f"http://127.0.0.1:{home.ports[0]}"
+        self.open(f"{address}/dags/{PACK}__approval/runs/{approval}/tasks/ask/required_actions", 1400)
+        self.until(f"document.body.innerText.includes({json.dumps(text)})")
+
+    def answer(self, choice, comment):
+        """Fill the comment in, and press the button."""
+        self.until("document.querySelector('textarea')?.focus() || document.activeElement.tagName == 'TEXTAREA'")
+        self.ask("Input.insertText", text=comment)
+        button = f"[...document.querySelectorAll('button')].find(each => each.innerText.trim() == {json.dumps(choice)})"
+        self.until(f"{button} && !{button}.disabled")
+        self.value(f"{button}.click()")
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """All that happens, once; the tests below say what came of it."""
+    home = Asking(tmp_path_factory.mktemp("approval"))
+    told = {"home": home}
+    home.write()
+    up = home.begin("up")
+    try:
+        first, second, third = (home.prepared(number) for number in (1, 2, 3))
+        up.communicate()
+        page = Page(tmp_path_factory.mktemp("chromium"))
+        until(lambda: home.airflow.get(f"/api/v2/dags/{PACK}__approval").is_success)
+
+        rejected = home.ask(first)
+        home.waits(rejected)
+        page.show(home, rejected, f"{PACK} version 1: promote")
+        told["text"] = page.value("document.body.innerText")
+        page.answer("reject", "not on a Friday")
+        told["rejected"] = home.ended(rejected)
+
+        home.write(HASTY, 2)
+        timed_out = home.ask(second)
+        told["timed out"] = home.ended(timed_out)
+        page.show(home, timed_out, "reject")
+
+        home.write(number=3)
+        overtaken = home.ask(third)
+        home.waits(overtaken)
+        page.show(home, overtaken, f"{PACK} version 3: promote")
+        home.write(number=4)
+        conf = {"as_of": f"{TODAY:%Y-%m-%d}", "reason": "a newer one"}
+        asked = home.airflow.post(f"/api/v2/dags/{PACK}__train/dagRuns", json={"logical_date": None, "conf": conf})
+        told["newest"] = asked.json()["dag_run_id"]
+        told["overtaken"] = home.ended(overtaken)
+        told["overtaken ask"] = home.state(overtaken, "ask")
+        page.show(home, overtaken, "version 4 is newer")
+
+        promoted = approval_of(4, told["newest"])
+        home.waits(promoted)
+        page.show(home, promoted, f"{PACK} version 4: promote")
+        page.answer("promote", "it is fresher")
+        told["promoted"] = home.ended(promoted)
+        until(lambda: home.dag_runs(PACK)[0]["state"] == "success")
+        page.close()
+        yield told
+    finally:
+        home.evergreen("down")
+
+
+def test_the_page_shows_the_report(story):
+    """Verdict with its reasons, figures, data and lineage, as text and tables, with the comment and the two answers."""
+    for words in ("no champion to compare with", "roc_auc", "Figures", "Lineage", "a test asked", "Comment", "promote"):
+        assert words in story["text"]
+    assert "|---" not in story["text"], "tables are tables"
+
+
+def test_a_person_rejects(story):
+    """Written down with person and comment; the version stays out, the run counts as rejected."""
+    home = story["home"]
+    asked, answered = home.events("run 1")
+    assert story["rejected"] == "success"
+    assert (asked["status"], answered["status"], answered["choice"]) == ("asked", "answered", "reject")
+    assert (answered["comment"], answered["through"]) == ("not on a Friday", "Airflow")
+    assert answered["person"]
+    assert home.outcome("run 1") == "rejected"
+
+
+def test_nobody_answers_in_time(story):
+    """The time-out rejects, and says that it was nobody."""
+    _, answered = story["home"].events("run 2")
+    assert story["timed out"] == "success"
+    assert (answered["choice"], answered["person"]) == ("reject", None)
+    assert story["home"].outcome("run 2") == "rejected"
+
+
+def test_a_newer_challenger_supersedes(story):
+    """The older question ends at once, skipped, and its page says which version is newer."""
+    _, ended = story["home"].events("run 3")
+    assert (story["overtaken"], story["overtaken ask"]) == ("success", "skipped")
+    assert (ended["status"], ended["why"]) == ("superseded", "version 4 is newer, and waits for approval")
+    assert story["home"].outcome("run 3") == "superseded"
+
+
+def test_a_person_promotes_what_the_training_dag_asked_for(story):
+    """The training run ends while the question is open; the answer makes the version champion, alias and events alike."""
+    home = story["home"]
+    _, answered = home.events(story["newest"])
+    assert story["promoted"] == "success"
+    assert (answered["choice"], answered["comment"]) == ("promote", "it is fresher")
+    assert home.outcome(story["newest"]) == "promoted"
+    registry = Registry(home.settings)
+    champion = registry.champion(PACK)
+    assert (champion.version, champion.aliases) == (4, ("champion",))
+    moves = [event.body["status"] for event in home.database.events(PACK, kind="promotion", run_id=story["newest"])]
+    assert moves == ["intended", "done"]
+    assert home.database.first_bad(PACK) is None
+    assert "promoted by" in registry.lineage(PACK, 4)["verdict"]["reasons"][0]
