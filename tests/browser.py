@@ -65,7 +65,7 @@ class Browser:
             self.next()
 
     def value(self, script: str):
-        return self.ask("Runtime.evaluate", expression=script, returnByValue=True)["result"]["value"]
+        return self.ask("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 
     def until(self, script: str, timeout_s: float = 60.0):
         """What the script gives as soon as it is true. The page shows what it knows when it knows it."""

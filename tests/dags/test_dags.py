@@ -83,13 +83,14 @@ def test_the_graph_is_the_chain(apple):
         "evaluate": ["snapshot", "train"],
         "register": ["evaluate", "snapshot", "train", "validate"],
         "promote": ["evaluate", "register"],
+        "approval": ["promote"],
     }
 
 
 def test_the_stages_run_in_a_line(apple):
     """Whatever the edges, only one order of the tasks satisfies them."""
     order = [task.task_id for task in apple.topological_sort()]
-    assert order == ["ingest", "validate", "snapshot", "train", "evaluate", "register", "promote"]
+    assert order == ["ingest", "validate", "snapshot", "train", "evaluate", "register", "promote", "approval"]
     assert [b for a, b in pairwise(order) if a not in apple.get_task(b).upstream_task_ids] == []
 
 

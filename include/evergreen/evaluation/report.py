@@ -105,7 +105,7 @@ def told(report: Report) -> str:
 
 def sections(report: Report) -> Iterator[Section]:
     """Why, figures, slices, data, lineage: everything but the plots."""
-    answered = (f"A person was asked: {report.answer}.",) if report.answer else ()
+    answered = (f"version {report.version} {report.answer}",) if report.answer else ()
     yield Section("Why", (*answered, *report.verdict.reasons))
     yield _figures(report)
     yield from _slices(report)
@@ -132,16 +132,14 @@ def _figures(report: Report) -> Section:
         )
         for name in names
     ]
-    sizes = [
-        ("latency p95, ms", mine.latency_p95_ms, champion.latency_p95_ms if champion else None, 1),
-        ("size, MB", mine.size_bytes / 1e6, champion.size_bytes / 1e6 if champion else None, 1),
-    ]
-    for name, value, before, decimals in sizes:
+    for name, value, before in (
+        ("latency p95, ms", mine.latency_p95_ms, champion and champion.latency_p95_ms),
+        ("size, kB", mine.size_bytes / 1000, champion and champion.size_bytes / 1000),
+    ):
         if value is not None:
-            shown = "—" if before is None else f"{before:.{decimals}f}"
-            change = "—" if before is None else f"{value - before:+.{decimals}f}"
-            more = [Cell(shown), Cell(change), Cell("")] if champion else []
-            rows.append((Cell(name), Cell(f"{value:.{decimals}f}"), Cell(""), *more))
+            both = ("—", "—") if before is None else (f"{before:.2f}", f"{round(value - before, 2) + 0.0:+.2f}")
+            more = [*(Cell(text) for text in both), Cell("")] if champion else []
+            rows.append((Cell(name), Cell(f"{value:.2f}"), Cell(""), *more))
     title = f"version {report.version}"
     columns: tuple[str, ...] = ("metric", title, "interval")
     if champion is not None:
@@ -181,8 +179,11 @@ def _data(report: Report) -> Section:
     data = report.data
     sentences = [f"{count(data.rows, 'row')} in {count(data.partitions, 'partition')}, snapshot {data.tag}."]
     if data.rows_more is not None:
-        sentences.append(f"Since the champion's snapshot: {data.rows_more:+,} rows.".replace(",", " "))
-    if data.new is not None:
+        more = f"{data.rows_more:+,}".replace(",", " ")
+        sentences.append(f"Since the champion's snapshot: {more} rows.")
+    if data.new == data.changed == data.gone == 0:
+        sentences.append("The partitions are those that the champion was made from.")
+    elif data.new is not None:
         sentences.append(
             f"Of its partitions {data.new} are new to the champion, {data.changed} have other rows than it was made "
             f"from; {data.gone} of the champion's are gone."
@@ -350,7 +351,8 @@ def _interval(of: Estimate, sign: str = "") -> str:
 
 def _number(value: float, sign: str = "") -> str:
     """Four decimals; figures of 100 and more, as errors in minutes are, with one."""
-    return f"{value:{sign},.1f}".replace(",", " ") if abs(value) >= 100 else f"{value:{sign}.4f}"
+    decimals = 1 if abs(value) >= 100 else 4
+    return f"{round(value, decimals) + 0.0:{sign},.{decimals}f}".replace(",", " ")  # no minus before a zero
 
 
 def _window(window: Window) -> str:

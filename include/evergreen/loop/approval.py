@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from evergreen import database as db
 from evergreen import keys, reports
 from evergreen.errors import RegistryError
-from evergreen.evaluation.report import description, markdown
+from evergreen.evaluation.report import description, markdown, page
 from evergreen.keys import note
 from evergreen.pack import load
 from evergreen.registry import approval, promotion
@@ -16,7 +16,7 @@ from evergreen.registry.models import Registry
 from evergreen.run import Run
 from evergreen.settings import Settings
 
-__all__ = ["CHALLENGER", "Answer", "answer", "asking", "overtaken", "question"]
+__all__ = ["CHALLENGER", "Answer", "answer", "asking", "overtaken", "page_of", "question"]
 
 
 def overtaken(settings: Settings, pack: str, run_id: str) -> str | None:
@@ -24,13 +24,25 @@ def overtaken(settings: Settings, pack: str, run_id: str) -> str | None:
     return approval.overtaken(db.connect(settings.database_url), pack, run_id)
 
 
-def question(settings: Settings, pack: str, run_id: str) -> tuple[str, str]:
-    """What a person is asked about the version of a training run: the subject, and the report as markdown."""
+def page_of(settings: Settings, pack: str, version: int) -> str:
+    """The report on a version as a page, with its plots. Raises PackError, RegistryError."""
+    report = reports.of_version(settings, pack, version, load(settings.packs, pack).description)
+    return page(report, reports.plots(settings, report))
+
+
+def question(settings: Settings, pack: str, run_id: str, web: str) -> tuple[str, str]:
+    """What a person is asked about the version of a training run: the subject, and the report as markdown.
+
+    `web` is where Evergreen's pages are.
+    """
     asked = approval.state(db.connect(settings.database_url), pack, run_id)
     version, against = asked.body["version"], asked.body["judged_against"]
     beside = f" in place of version {against}" if against else ""
     report = reports.of_version(settings, pack, version, load(settings.packs, pack).description)
-    return f"{pack}: make version {version} champion{beside}?", markdown(report, level=3)
+    return (
+        f"{pack}: make version {version} champion{beside}?",
+        f"[With plots]({web}/report/{pack}/{version})\n\n{markdown(report, level=3)}",
+    )
 
 
 def asking(settings: Settings, pack: str, version: int) -> str:

@@ -10,12 +10,13 @@ from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOpe
 from airflow.sdk import DAG, Param, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException, TaskAwaitingInput
 
+from evergreen.orchestration.tasks import within_airflow
 from evergreen.orchestration.watchers import AnswerBell
 from evergreen.pack import Pack
 from evergreen.run import slug_of
 from evergreen.settings import Settings
 
-RETRY: dict[str, Any] = {"retries": 3, "retry_delay": timedelta(seconds=5)}
+RETRY: dict[str, Any] = {"retries": 2, "retry_delay": timedelta(seconds=5)}
 
 
 def build(dag: DAG, pack: Pack) -> None:
@@ -85,7 +86,7 @@ class Ask(HITLOperator):
         settings, run = Settings.from_env(), context["params"]["run"]
         if why := approval.overtaken(settings, self.pack, run):
             raise AirflowSkipException(why)
-        self.subject, self.body = approval.question(settings, self.pack, run)
+        self.subject, self.body = approval.question(settings, self.pack, run, within_airflow("/evergreen"))
         try:
             super().execute(context)
         except TaskAwaitingInput as waits:

@@ -145,9 +145,13 @@ class ReportLink(BaseOperatorLink):
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:
         """The page's address on this Airflow."""
-        within = urlsplit(conf.get("api", "base_url", fallback="")).path.rstrip("/")
         pack = operator.dag_id.removesuffix("__monitor")
-        return f"{within}/evergreen/drift/{pack}/{quote(ti_key.run_id, safe='')}"
+        return within_airflow(f"/evergreen/drift/{pack}/{quote(ti_key.run_id, safe='')}")
+
+
+def within_airflow(path: str) -> str:
+    """A path on this Airflow, which may itself lie under one."""
+    return urlsplit(conf.get("api", "base_url", fallback="")).path.rstrip("/") + path
 
 
 def current_run(pack_name: str, context: Any, kind: Literal["run", "watch"] = "run") -> Run:

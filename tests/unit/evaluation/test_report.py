@@ -144,7 +144,7 @@ def test_what_changed_in_the_data_is_told():
 def test_an_answer_stands_before_the_gates_reasons():
     """Who decided comes first."""
     reasons = next(report.sections(made(answer="promoted by ada: fresher"))).sentences
-    assert reasons[0] == "A person was asked: promoted by ada: fresher."
+    assert reasons[0] == "version 4 promoted by ada: fresher"
 
 
 def test_all_say_the_same():

@@ -177,7 +177,7 @@ def folder(tmp_path) -> Path:
 def run_trials():
     """Run `trials.py` in a process of its own, where children can be forked and killed; its answer."""
 
-    def run(place: Path, races: int, *calls: str) -> dict:
+    def run(place: Path, races: int | str, *calls: str):
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("trials.py")), str(place), str(races), *calls],
             capture_output=True,
@@ -188,6 +188,12 @@ def run_trials():
         return json.loads(done.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_approvals(run_trials):
+    """Approvals killed at these steps, or at every one; what came of them."""
+    return lambda place, *steps: run_trials(place, "approval", *steps)
 
 
 @pytest.fixture(scope="session")

@@ -171,3 +171,26 @@ def test_a_run_that_asked_nothing_is_named(door):
     """An answer to nothing is an error that says where to look."""
     with pytest.raises(RegistryError, match="has not asked for approval"):
         door.answer(3, YES)
+
+
+def held(found, steps):
+    """Killed there each time; then alias, verdict and events are those of an undisturbed answer, and nobody waits."""
+    right = {"killed": True, "champion": True, "waits": False, "as undisturbed": True}
+    assert [each["step"] for each in found] == steps
+    assert [{**each, "step": None} for each in found] == [{**right, "step": None}] * len(steps)
+
+
+@pytest.mark.slow
+def test_a_killed_answer_ends_as_an_undisturbed_one(run_approvals, tmp_path):
+    """SIGKILL after the answer was written down, and after the alias was moved; then the retry."""
+    steps = ["promote 1", "promote 3"]
+    held(run_approvals(tmp_path, *steps), steps)
+
+
+@pytest.mark.prove
+def test_an_answer_killed_at_any_step_ends_as_an_undisturbed_one(run_approvals, tmp_path):
+    """SIGKILL after every write of the question, of a yes and of a no."""
+    found = run_approvals(tmp_path)
+    held(found, [each["step"] for each in found])
+    assert len(found) > 12
+    assert len({each["step"] for each in found}) > 9

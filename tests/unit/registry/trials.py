@@ -1,6 +1,7 @@
 """Trials that kill processes or let them race: run as a script, which prints one JSON line.
 
     trials.py HOME RACES [CALL …]
+    trials.py HOME approval [STEP …]
 
 register    a registration is killed after each of these calls of MLflow's client (of every call where none is named),
             then tried again
@@ -9,6 +10,8 @@ next        the same after the first two, but the promotion of another run comes
 race        two processes promote, judged against the same champion, RACES times
 rollback    a rollback is killed after each of its writes, then asked for again, or a promotion comes next
 back        a promotion and a rollback from the same champion race, RACES times
+approval    a person is asked and answers, in a process that is killed after each of these writes (`promote 2`; each of
+            its writes where none is named), then tried again
 
 The script imports MLflow once and then forks; it opens no database itself before the last child has ended, since SQLite
 connections do not survive a fork.
@@ -32,10 +35,11 @@ from conftest import model_folder, register, run_of, settings_at
 
 from evergreen.database import Database, leases
 from evergreen.errors import RegistryError
-from evergreen.registry import models, promotion
+from evergreen.registry import approval, models, promotion
 from evergreen.run import Verdict
 
 PROMOTE = Verdict(decision="promote", reasons=("better",))
+REVIEW = Verdict(decision="review", reasons=("nobody can tell",))
 
 
 def child(function, *arguments) -> bool:
@@ -137,10 +141,13 @@ class DyingDatabase(Database):
         super().__init__(url)
         self.left = left
 
-    def append(self, *arguments, **keywords):
-        event = super().append(*arguments, **keywords)
-        count_down(self.left)
-        return event
+    @contextlib.contextmanager
+    def chain(self, pack):
+        with super().chain(pack) as chain:
+            before = chain._position
+            yield chain
+        if chain._position != before:
+            count_down(self.left)
 
 
 class DyingAliases(models.Registry):
@@ -162,6 +169,14 @@ class DyingAliases(models.Registry):
         super().tag(name, version, tags)
         if "evergreen.rolled_back" in tags:
             count_down(self.left)
+
+
+class DyingAsker(DyingAliases):
+    """The same, each alias that is taken off counted too."""
+
+    def drop_alias(self, *arguments) -> None:
+        super().drop_alias(*arguments)
+        count_down(self.left)
 
 
 def count_down(left: list[int]) -> None:
@@ -334,7 +349,100 @@ def trial_race(settings, races: int, *, back: bool = False) -> dict:
     }
 
 
+def approve(
+    settings, what: str, run: str, version: int, judged_against: int | None, kill_after: int, seen: Path
+) -> None:
+    """Ask, or answer; then the writes that it took are written down."""
+    left = [kill_after]
+    database, registry = DyingDatabase(settings.database_url, left), DyingAsker(settings, left)
+    of = run_of("racer", run, settings)
+    if what == "ask":
+        asked = {"run": of, "version": version, "judged_against": judged_against, "verdict": REVIEW}
+        approval.ask(database, registry, **asked)
+    else:
+        said = approval.Answer(choice=what, person="ada", comment="because", through="terminal")
+        approval.answer(database, registry, run=of, answer=said, holder="the answer")
+    seen.write_text(str(kill_after - left[0]))
+
+
+class Approvals:
+    """Versions of `racer` by turns, each asked for and answered."""
+
+    def __init__(self, settings) -> None:
+        self.settings = settings
+        self.seen, self.file = settings.home / "writes", settings.home / "approval.json"
+        self.champion: int | None = None
+        self.run, self.version = "", 0
+
+    def begin(self, run: str) -> None:
+        self.run, self.version = run, next(each for each in (1, 2, 3) if each != self.champion)
+
+    def once(self, what: str, kill_after: int = 0) -> bool:
+        """Ask, or answer; whether it came to its end."""
+        return child(approve, self.settings, what, self.run, self.version, self.champion, kill_after, self.seen)
+
+    def told(self) -> dict:
+        """Where the aliases are, and what was written down of this run."""
+        child(self._tell)
+        return json.loads(self.file.read_text())
+
+    def _tell(self) -> None:
+        registry, database = models.Registry(self.settings), Database(self.settings.database_url)
+        kinds = (approval.KIND, promotion.KIND)
+        told = {
+            "aliases": {alias: one.version for one in registry.versions("racer") for alias in one.aliases},
+            "verdict": registry.lineage("racer", self.version)["verdict"]["reasons"],
+            **{
+                kind: [e.body["status"] for e in database.events("racer", kind=kind, run_id=self.run)] for kind in kinds
+            },
+            "first bad": database.first_bad("racer"),
+        }
+        self.file.write_text(json.dumps(told))
+
+
+def trial_approval(settings, steps: list[str]) -> list[dict]:
+    """For each answer: undisturbed, then by a process that dies at each step, and again by one that does not."""
+    trial, found = Approvals(settings), []
+    for choice in ("promote", "reject"):
+        trial.begin(f"undisturbed {choice}")
+        writes = [
+            f"{what} {n + 1}"
+            for what in ("ask", choice)
+            if trial.once(what)
+            for n in range(int(trial.seen.read_text()))
+        ]
+        undisturbed = trial.told()
+        trial.champion = undisturbed["aliases"].get("champion")
+        for step in [step for step in writes if not steps or step in steps]:
+            found.append(killed_at(trial, choice, step, undisturbed))
+            trial.champion = trial.told()["aliases"].get("champion")
+    return found
+
+
+def killed_at(trial: Approvals, choice: str, step: str, undisturbed: dict) -> dict:
+    trial.begin(f"{choice}, killed at {step}")
+    killed = False
+    for what in ("ask", choice):
+        if step.startswith(what):
+            killed = not trial.once(what, int(step.removeprefix(what)))
+        assert trial.once(what)
+    left = trial.told()
+    return {
+        "step": step,
+        "killed": killed,
+        "champion": left["aliases"].get("champion") == (trial.version if choice == "promote" else trial.champion),
+        "waits": "challenger" in left["aliases"],
+        "as undisturbed": [name for name in left if name != "aliases" and left[name] != undisturbed[name]] == [],
+    }
+
+
 if __name__ == "__main__":
+    if sys.argv[2] == "approval":
+        at = settings_at(Path(sys.argv[1]))
+        models._mlflow()
+        child(prepare, at)
+        sys.stdout.write(json.dumps(trial_approval(at, sys.argv[3:])) + "\n")
+        sys.exit()
     place, races, *calls = sys.argv[1:]
     models._mlflow()
     import mlflow.store.model_registry.sqlalchemy_store
