@@ -114,6 +114,12 @@ class Page(Browser):
         self.until(f"{button} && !{button}.disabled")
         self.value(f"{button}.click()")
 
+    def buttons(self):
+        """Whether each answer can still be given."""
+        answers = "[...document.querySelectorAll('button')].filter(each => ['promote', 'reject'].includes(each.innerText.trim()))"
+        self.until(f"{answers}.length == 2")
+        return self.value(f"{answers}.map(each => !each.disabled)")
+
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
@@ -138,7 +144,8 @@ def story(tmp_path_factory):
         home.write(HASTY, 2)
         timed_out = home.ask(second)
         told["timed out"] = home.ended(timed_out)
-        page.show(home, timed_out, "reject")
+        page.show(home, timed_out, f"{PACK} version 2: promote")
+        told["timed out buttons"] = page.buttons()
 
         home.write(number=3)
         overtaken = home.ask(third)
@@ -150,7 +157,9 @@ def story(tmp_path_factory):
         told["newest"] = asked.json()["dag_run_id"]
         told["overtaken"] = home.ended(overtaken)
         told["overtaken ask"] = home.state(overtaken, "ask")
-        page.show(home, overtaken, "version 4 is newer")
+        page.show(home, overtaken, f"{PACK} version 3: promote")
+        told["overtaken comment"] = page.until("document.querySelector('textarea')?.value")
+        told["overtaken buttons"] = page.buttons()
 
         promoted = approval_of(4, told["newest"])
         home.waits(promoted)
@@ -187,6 +196,7 @@ def test_nobody_answers_in_time(story):
     _, answered = story["home"].events("run 2")
     assert story["timed out"] == "success"
     assert (answered["choice"], answered["person"]) == ("reject", None)
+    assert story["timed out buttons"] == [False, False]
     assert story["home"].outcome("run 2") == "rejected"
 
 
@@ -194,6 +204,8 @@ def test_a_newer_challenger_supersedes(story):
     """The older question ends at once, skipped, and its page says which version is newer."""
     _, ended = story["home"].events("run 3")
     assert (story["overtaken"], story["overtaken ask"]) == ("success", "skipped")
+    assert story["overtaken comment"] == "superseded: version 4 is newer, and waits for approval"
+    assert story["overtaken buttons"] == [False, False]
     assert (ended["status"], ended["why"]) == ("superseded", "version 4 is newer, and waits for approval")
     assert story["home"].outcome("run 3") == "superseded"
 

@@ -126,9 +126,9 @@ def _figures(report: Report) -> Section:
         (
             Cell(name),
             Cell(_number(mine.metrics[name].value)),
-            Cell(_interval(mine.metrics[name])),
             *([Cell(_number(judged[name].value) if name in judged else "—")] if champion else []),
             *(_change(differences.get(name)) if champion else []),
+            Cell(_interval(mine.metrics[name])),
         )
         for name in names
     ]
@@ -139,11 +139,10 @@ def _figures(report: Report) -> Section:
         if value is not None:
             both = ("—", "—") if before is None else (f"{before:.2f}", f"{round(value - before, 2) + 0.0:+.2f}")
             more = [*(Cell(text) for text in both), Cell("")] if champion else []
-            rows.append((Cell(name), Cell(f"{value:.2f}"), Cell(""), *more))
-    title = f"version {report.version}"
-    columns: tuple[str, ...] = ("metric", title, "interval")
-    if champion is not None:
-        columns += (f"version {_champion(report)}", "difference", "interval")
+            rows.append((Cell(name), Cell(f"{value:.2f}"), *more, Cell("")))
+    mine_is = f"version {report.version}"
+    compared = (f"version {_champion(report)}", "difference", "its interval") if champion else ()
+    columns = ("metric", mine_is, *compared, f"interval of {mine_is}")
     where = f"On {count(mine.rows, 'row')}, {_window(evaluated.holdout)}, intervals of {evaluated.confidence:.0%}."
     withheld = (f"The champion's figures are withheld: {champion.withheld}.",) if champion and champion.withheld else ()
     return Section("Figures", (where, *withheld), columns, tuple(rows))
@@ -171,7 +170,7 @@ def _slices(report: Report) -> Iterator[Section]:
         more = (f"{count(len(groups) - GROUPS, 'more group')} changed less for the worse.",)
         columns: tuple[str, ...] = (by, "rows", f"version {report.version}")
         if champion:
-            columns += (f"version {_champion(report)}", "difference", "interval")
+            columns += (f"version {_champion(report)}", "difference", "its interval")
         yield Section(f"{metric} by {by}", more if len(groups) > GROUPS else (), columns, rows)
 
 
@@ -294,10 +293,10 @@ table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:ta
 th{font-weight:500;color:var(--soft);font-size:13px}
 th,td{padding:5px 0 5px 18px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--edge)}
 th:first-child,td:first-child{padding-left:0;text-align:left}td:first-child{font-weight:500}
-.figures tbody tr:first-child td{font-weight:600}
+section:nth-of-type(2) tbody tr:first-child td{font-weight:600}
 .facts th,.facts td{text-align:left;white-space:normal;overflow-wrap:anywhere}.facts td:first-child{white-space:nowrap}
 .better{color:var(--calm)}.worse{color:var(--bad)}td span{font-size:10px}
-.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:16px}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(270px,100%),1fr));gap:16px}
 .plots img{width:100%;border-radius:10px;border:1px solid var(--edge);background:#fff}
 @media (max-width:480px){table{font-size:13px}th,td{padding-left:12px}}
 """

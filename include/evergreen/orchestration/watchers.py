@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -84,13 +83,9 @@ class AnswerBell(HITLTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """One event."""
         while True:
-            if why := await asyncio.to_thread(self._overtaken):
-                # What the page then shows in place of its buttons. A person may have been quicker.
-                with contextlib.suppress(Exception):
-                    await asyncio.to_thread(
-                        update_hitl_detail_response, self.ti_id, chosen_options=[], params_input={"comment": why}
-                    )
-                yield TriggerEvent({"overtaken": why})
+            if ended := await asyncio.to_thread(self._overtaken):
+                await asyncio.to_thread(self._show, *ended)
+                yield TriggerEvent({"overtaken": ended[0]})
                 return
             if self.timeout_datetime and self.timeout_datetime < datetime.now(UTC):
                 yield await self._handle_timeout()
@@ -100,12 +95,23 @@ class AnswerBell(HITLTrigger):
                 return
             await asyncio.sleep(ANSWER_POLL_S)
 
-    def _overtaken(self) -> str | None:
+    def _overtaken(self) -> tuple[str, str] | None:
+        """Why no answer is needed any more, and what it was, if one was given elsewhere; else what stands for none."""
         from evergreen.errors import EvergreenError
         from evergreen.registry import approval
 
         try:
-            return approval.overtaken(db.connect(Settings.from_env().database_url), self.pack, self.run_id)
+            database = db.connect(Settings.from_env().database_url)
+            why = approval.overtaken(database, self.pack, self.run_id)
+            choice = approval.state(database, self.pack, self.run_id).body.get("choice", "reject")
         except EvergreenError as error:  # a database that is away is asked again
             self.log.warning("whether the answer is still waited for cannot be told: %s", error)
             return None
+        return (why, choice) if why else None
+
+    def _show(self, why: str, choice: str) -> None:
+        """Have the page say so in place of its buttons, unless a person was quicker: then that is what it says."""
+        try:
+            update_hitl_detail_response(self.ti_id, chosen_options=[choice], params_input={"comment": why})
+        except Exception as error:  # noqa: BLE001 -- the events decide, whatever the page says
+            self.log.warning("the page goes on asking although the question has ended, %s: %s", why, error)
