@@ -234,6 +234,12 @@ class SliceRule(Part):
     min_rows: int = Field(default=500, ge=1)
 
 
+def _some_time(value: timedelta) -> timedelta:
+    if not value:
+        raise ValueError("is no time: write how long a person has to answer, as in 7d")
+    return value
+
+
 class GateRules(Part):
     """What a challenger must show before the alias moves."""
 
@@ -242,7 +248,7 @@ class GateRules(Part):
     latency_p95_ms: float | None = Field(default=None, gt=0)
     promotion: Literal["automatic", "approval"] = "automatic"
     """Who has the last word on a challenger that the gate would promote: the gate, or a person."""
-    approval_timeout: Duration = timedelta(days=7)
+    approval_timeout: Annotated[Duration, AfterValidator(_some_time)] = timedelta(days=7)
     """How long a person has to answer; then the challenger is rejected."""
 
 

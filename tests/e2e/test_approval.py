@@ -3,6 +3,7 @@
 import json
 from functools import cached_property
 
+import httpx
 import pytest
 from tests.browser import CHROMIUM, Browser
 from tests.e2e.test_scheduler import PACK as PACK_YAML
@@ -140,6 +141,11 @@ def story(tmp_path_factory):
         told["text"] = page.value("document.body.innerText")
         page.answer("reject", "not on a Friday")
         told["rejected"] = home.ended(rejected)
+        report = f"http://127.0.0.1:{home.ports[0]}/evergreen/report/{PACK}/1"
+        told["anonymous"] = httpx.get(report, timeout=60).status_code
+        page.open(report, 1400)
+        told["report"] = page.value("document.body.innerText")
+        told["plots"] = page.value("[...document.images].filter(each => each.naturalWidth > 100).length")
 
         home.write(HASTY, 2)
         timed_out = home.ask(second)
@@ -178,6 +184,14 @@ def test_the_page_shows_the_report(story):
     for words in ("no champion to compare with", "roc_auc", "Figures", "Lineage", "a test asked", "Comment", "promote"):
         assert words in story["text"]
     assert "|---" not in story["text"], "tables are tables"
+
+
+def test_the_page_leads_to_the_report_with_plots(story):
+    """Behind Airflow's door: verdict, answer and figures, and the plots in it."""
+    assert "With plots" in story["text"]
+    assert story["anonymous"] == 401
+    assert "not on a Friday" in story["report"]
+    assert story["plots"] == 3
 
 
 def test_a_person_rejects(story):

@@ -72,6 +72,7 @@ WRITES = (
     "set_model_version_tag",
     "set_logged_model_tags",
     "set_terminated",
+    "update_model_version",
     "set_registered_model_alias",
     "delete_registered_model_alias",
 )

@@ -133,8 +133,8 @@ def _figures(report: Report) -> Section:
         for name in names
     ]
     for name, value, before in (
-        ("latency p95, ms", mine.latency_p95_ms, champion and champion.latency_p95_ms),
-        ("size, kB", mine.size_bytes / 1000, champion and champion.size_bytes / 1000),
+        ("latency p95, ms", mine.latency_p95_ms, champion.latency_p95_ms if champion else None),
+        ("size, kB", mine.size_bytes / 1000, champion.size_bytes / 1000 if champion else None),
     ):
         if value is not None:
             both = ("—", "—") if before is None else (f"{before:.2f}", f"{round(value - before, 2) + 0.0:+.2f}")

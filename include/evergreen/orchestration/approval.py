@@ -1,4 +1,4 @@
-"""The approval DAG of a pack: a question on Airflow's own page, and whatever comes of it."""
+"""The tasks around a person's answer: a question on Airflow's own page, what comes of it, and what starts both."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
-from airflow.sdk import DAG, Param, get_current_context, task
+from airflow.sdk import Param, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException, TaskAwaitingInput
 
 from evergreen.orchestration.tasks import within_airflow
@@ -19,9 +19,9 @@ from evergreen.settings import Settings
 RETRY: dict[str, Any] = {"retries": 2, "retry_delay": timedelta(seconds=5)}
 
 
-def build(dag: DAG, pack: Pack) -> None:
-    """The tasks of `<pack>__approval`: ask → answer."""
-    asked = Ask(
+def ask_task(pack: Pack) -> Ask:
+    """The question; its output is the answer, where a person or the time-out gave one."""
+    return Ask(
         task_id="ask",
         pack=pack.name,
         subject=f"{pack.name}: promote the challenger?",
@@ -38,19 +38,21 @@ def build(dag: DAG, pack: Pack) -> None:
         },
         response_timeout=pack.gate.approval_timeout,
         doc_md="Show the report, and wait for an answer: without a slot, until the time-out rejects.",
-        dag=dag,
         **RETRY,
     )
 
+
+def answer_task(pack: Pack) -> Any:
+    """An Airflow task that writes down what was answered and does it, whatever became of the question."""
+
     @task(
         task_id="answer",
-        dag=dag,
         trigger_rule="all_done",
         show_return_value_in_logs=False,
         doc_md="Write down who said what, and do it. It runs whatever became of the question.",
         **RETRY,
     )
-    def answer(said: dict[str, str | None] | None) -> str:
+    def act(said: dict[str, str | None] | None) -> str:
         from evergreen.loop import approval
 
         context = get_current_context()
@@ -58,17 +60,17 @@ def build(dag: DAG, pack: Pack) -> None:
             Settings.from_env(),
             pack.name,
             context["params"]["run"],
-            approval.Answer(**said, through="Airflow") if said else None,
+            approval.Answer.model_validate({**said, "through": "Airflow"}) if said else None,
             holder=context["dag_run"].run_id,
         )
         if ended is None:
             raise AirflowFailException(
                 "the question ended without an answer, and the version goes on waiting: clear the task ask, "
-                "or use evergreen approve and evergreen reject"
+                "or answer with evergreen approve or evergreen reject"
             )
         return ended
 
-    answer(asked.output)
+    return act
 
 
 class Ask(HITLOperator):

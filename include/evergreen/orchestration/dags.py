@@ -11,7 +11,7 @@ from typing import Any
 from airflow.sdk import DAG, Param, get_parsing_context
 
 from evergreen.errors import PackError
-from evergreen.orchestration.approval import build, start_task
+from evergreen.orchestration.approval import answer_task, ask_task, start_task
 from evergreen.orchestration.tasks import monitor_task, rollback_task, signature, stage_task
 from evergreen.pack import Pack, find
 from evergreen.settings import Settings
@@ -140,8 +140,9 @@ def rollback_dag(pack: Pack) -> DAG:
 
 def approval_dag(pack: Pack) -> DAG:
     """`<pack>__approval`: ask → answer, for the version of the training run that it is given."""
-    dag = _dag(pack, "approval", None, max_active_runs=16)  # the newer question is asked before the older one ends
-    build(dag, pack)
+    # Several at once: the newer question is asked before the older one ends.
+    with _dag(pack, "approval", None, max_active_runs=16) as dag:
+        answer_task(pack)(ask_task(pack).output)
     dag.params.update({"run": Param(type="string", title="Run", description="The training run whose version waits.")})
     return dag
 

@@ -151,7 +151,7 @@ class ReportLink(BaseOperatorLink):
 
 def within_airflow(path: str) -> str:
     """A path on this Airflow, which may itself lie under one."""
-    return urlsplit(conf.get("api", "base_url", fallback="")).path.rstrip("/") + path
+    return f"{urlsplit(conf.get('api', 'base_url', fallback='')).path.rstrip('/')}{path}"
 
 
 def current_run(pack_name: str, context: Any, kind: Literal["run", "watch"] = "run") -> Run:
