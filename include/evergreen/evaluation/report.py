@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from evergreen.evaluation.metrics import METRICS, direction
 from evergreen.page import head
 from evergreen.run import Difference, Estimate, Evaluated, SliceEstimate, Value, Verdict, Window, count
 
@@ -341,6 +340,8 @@ def _change(difference: Difference | None) -> tuple[Cell, Cell]:
 
 def _direction(metric: str) -> int:
     """0 where nobody knows which way is better."""
+    from evergreen.evaluation.metrics import METRICS, direction  # numpy: every parse of a DAG would pay for it
+
     return direction(metric) if any(metric in metrics for metrics in METRICS.values()) else 0
 
 
