@@ -6,6 +6,8 @@ import contextlib
 from datetime import datetime
 from typing import Any
 
+from pydantic import ValidationError
+
 from evergreen import database as db
 from evergreen.data.store import Store
 from evergreen.database import Database, Event
@@ -24,7 +26,13 @@ def of_version(settings: Settings, name: str, version: int, description: str) ->
     database, registry = db.connect(settings.database_url), Registry(settings)
     judged = _judged(database, name, version)
     lineage = registry.lineage(name, version)
-    evaluated = Evaluated.model_validate(judged.body["saw"]["evaluated"])
+    try:
+        evaluated = Evaluated.model_validate(judged.body["saw"]["evaluated"])
+    except ValidationError as error:
+        raise RegistryError(
+            f"{name} version {version} was judged by an older Evergreen, in a shape that is not known any more",
+            fix=f"evergreen lineage {name}@{version} shows what stands on the version",
+        ) from error
     champion = judged.body["saw"]["champion"]
     before = None
     if champion not in (None, version):

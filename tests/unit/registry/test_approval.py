@@ -150,6 +150,17 @@ def test_a_yes_against_an_old_champion_moves_nothing(door):
     assert door.statuses(promotion.KIND) == [("intended", 2), ("done", 2), ("void", 1)]
 
 
+def test_what_was_void_stays_void(door):
+    """A retry after the old champion has come back does not promote what was not promoted then."""
+    door.promote(1, None)
+    door.ask(2, 1)
+    door.promote(3, 1)
+    door.answer(2, YES)
+    door.promote(1, 3)
+    door.answer(2, YES)
+    assert door.aliases() == {"champion": 1}
+
+
 def test_the_same_version_may_be_asked_about_again(door, given, home):
     """A later run that learned the same asks anew; the alias stays with the version."""
     door.ask(1)
