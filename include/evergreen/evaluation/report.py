@@ -154,7 +154,8 @@ def _slices(report: Report) -> Iterator[Section]:
     differences = {_of(each): each for each in evaluated.differences if each.by is not None}
     kinds = dict.fromkeys((each.by, each.metric) for each in evaluated.challenger.slices)
     for by, metric in kinds:
-        groups = [each for each in evaluated.challenger.slices if (each.by, each.metric) == (by, metric)]
+        found = [each for each in evaluated.challenger.slices if (each.by, each.metric) == (by, metric)]
+        groups = [each for each in found if each.estimate is not None]
         groups.sort(key=lambda each: _gain(differences.get(_of(each)), -each.rows))
         rows = tuple(
             (
@@ -166,11 +167,16 @@ def _slices(report: Report) -> Iterator[Section]:
             )
             for each in groups[:GROUPS]
         )
-        more = (f"{count(len(groups) - GROUPS, 'more group')} changed less for the worse.",)
+        sentences = []
+        if len(groups) > GROUPS:
+            sentences.append(f"{count(len(groups) - GROUPS, 'more group')} changed less for the worse.")
+        if small := [each.group for each in found if each.estimate is None]:
+            names = ", ".join(small[:5]) + (" …" if len(small) > 5 else "")
+            sentences.append(f"Without a figure, for too few rows or one class only: {names}.")
         columns: tuple[str, ...] = (by, "rows", f"version {report.version}")
         if champion:
             columns += (f"version {_champion(report)}", "difference", "its interval")
-        yield Section(f"{metric} by {by}", more if len(groups) > GROUPS else (), columns, rows)
+        yield Section(f"{metric} by {by}", tuple(sentences), columns, rows)
 
 
 def _data(report: Report) -> Section:
