@@ -172,7 +172,7 @@ def _slices(report: Report) -> Iterator[Section]:
             sentences.append(f"{count(len(groups) - GROUPS, 'more group')} changed less for the worse.")
         if small := [each.group for each in found if each.estimate is None]:
             names = ", ".join(small[:5]) + (" …" if len(small) > 5 else "")
-            sentences.append(f"Without a figure, for too few rows or one class only: {names}.")
+            sentences.append(f"Without a figure, for too few rows or one class only: {names}")
         columns: tuple[str, ...] = (by, "rows", f"version {report.version}")
         if champion:
             columns += (f"version {_champion(report)}", "difference", "its interval")

@@ -119,7 +119,7 @@ def test_slices_begin_with_the_worst():
 def test_a_group_without_a_figure_is_named():
     """Too few rows: said so, and no row of zeros."""
     text = report.markdown(made())
-    assert "- Without a figure, for too few rows or one class only: rare." in text
+    assert "- Without a figure, for too few rows or one class only: rare" in text
     assert "| rare |" not in text
 
 
