@@ -25,6 +25,8 @@ pytestmark = [
 PACK = "asks"
 PRIMARY = "primary: {metric: roc_auc, min: 0.5"
 PATIENT = f"promotion: approval\n  {PRIMARY}"
+PATIENCE_S = 240.0
+"""A whole training lies between two of the states that are waited for."""
 HASTY = f"promotion: approval\n  approval_timeout: 1s\n  {PRIMARY}"
 
 
@@ -82,10 +84,10 @@ class Asking(Home):
         return answer.json()["state"] if answer.is_success else None
 
     def waits(self, approval):
-        return until(lambda: self.state(approval, "ask") == "deferred")
+        return until(lambda: self.state(approval, "ask") == "deferred", PATIENCE_S)
 
     def ended(self, approval):
-        return until(lambda: (state := self.state(approval)) in ("success", "failed") and state)
+        return until(lambda: (state := self.state(approval)) in ("success", "failed") and state, PATIENCE_S)
 
     def events(self, run):
         return [event.body for event in self.database.events(PACK, kind="approval", run_id=run)]
