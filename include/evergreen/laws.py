@@ -128,11 +128,11 @@ def _is_judged(run: Run, found: dict[str, Any]) -> str:
 
     data, rules = run.pack.data, run.pack.gate
     holdout = found["rows"]["holdout"]
-    for rule in rules.slices:
-        if rule.by not in holdout.columns:
+    for by in rules.columns:
+        if by not in holdout.columns:
             raise EvaluationError(
-                f"pack {run.pack.name}: the evaluation does not produce {rule.metric} by {rule.by!r}: no such column",
-                fix=nearest(rule.by, holdout.columns),
+                f"pack {run.pack.name}: the evaluation does not produce figures by {by!r}: no such column",
+                fix=nearest(by, holdout.columns),
             )
     truth = holdout[data.target].to_numpy()
     classes = sorted(found["rows"]["train"][data.target].unique().to_list()) if data.task == "multiclass" else None
@@ -143,8 +143,9 @@ def _is_judged(run: Run, found: dict[str, Any]) -> str:
         np.arange(len(truth)),
         confidence=rules.primary.confidence,
         classes=classes,
+        metrics=rules.metrics(data.task),
     )
-    wanted = {rules.primary.metric, *(rule.metric for rule in rules.slices)}
+    wanted = {rule.metric for rule in (rules.primary, *rules.limits, *rules.slices)}
     return ", ".join(f"{name} {produced[name].value:.3f}" for name in sorted(wanted))
 
 

@@ -36,6 +36,17 @@ TASK_METRICS: Mapping[str, tuple[str, ...]] = {
     "regression": ("rmse", "mae", "r2"),
 }
 """The metrics an evaluation produces, by the kind of target."""
+PRECISION_AT_RECALL = "precision_at_recall_"
+"""And, for a binary target, this with a recall after it where a rule names it: `precision_at_recall_0.8`."""
+RECALL = re.compile(r"0\.\d{0,3}[1-9]|1")
+
+
+def is_metric(task: str, name: str) -> bool:
+    """Whether an evaluation of such a target can produce the metric."""
+    at_recall = task == "binary" and name.startswith(PRECISION_AT_RECALL)
+    return name in TASK_METRICS[task] or (
+        at_recall and RECALL.fullmatch(name.removeprefix(PRECISION_AT_RECALL)) is not None
+    )
 
 
 def _duration(value: object) -> object:
@@ -223,6 +234,24 @@ class PrimaryRule(Part):
     test: Literal["non_inferior", "superior"] = "non_inferior"
     margin: float = Field(default=0.01, ge=0)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    unclear: Literal["fresher", "review"] = "fresher"
+    """Where `non_inferior` shows nothing: the fresher model wins if its figure is within the margin, or a person is asked."""
+    independent: bool = False
+    """The rows are independent of one another, those of one partition too: intervals are of rows, and narrower."""
+
+
+class LimitRule(Part):
+    """A floor or a ceiling of any metric, whatever the champion is worth."""
+
+    metric: str
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> LimitRule:
+        if self.min is None and self.max is None:
+            raise ValueError("a limit names min, max, or both")
+        return self
 
 
 class SliceRule(Part):
@@ -240,16 +269,47 @@ def _some_time(value: timedelta) -> timedelta:
     return value
 
 
+Fairness = Literal["demographic_parity", "equal_opportunity", "equalized_odds"]
+
+
+class FairnessRule(Part):
+    """How far apart any two groups of at least `min_rows` hold-out rows may be treated; binary targets only."""
+
+    by: str
+    measure: Fairness = "equalized_odds"
+    max: float = Field(ge=0, le=1)
+    """The largest difference of rates between two groups."""
+    threshold: float = Field(default=0.5, gt=0, le=1)
+    """The probability from which a row counts as predicted 1."""
+    min_rows: int = Field(default=500, ge=1)
+
+
 class GateRules(Part):
     """What a challenger must show before the alias moves."""
 
     primary: PrimaryRule
+    limits: tuple[LimitRule, ...] = ()
     slices: tuple[SliceRule, ...] = ()
+    fairness: tuple[FairnessRule, ...] = ()
     latency_p95_ms: float | None = Field(default=None, gt=0)
+    latency_ratio: float | None = Field(default=None, gt=0)
+    """How many times the champion's p95, measured in the same minute, one row may take."""
+    size_ratio: float | None = Field(default=None, gt=0)
+    """How many times the champion's bytes the model folder may have."""
     promotion: Literal["automatic", "approval"] = "automatic"
     """Who has the last word on a challenger that the gate would promote: the gate, or a person."""
     approval_timeout: Annotated[Duration, AfterValidator(_some_time)] = timedelta(days=7)
     """How long a person has to answer; then the challenger is rejected."""
+
+    def metrics(self, task: str) -> tuple[str, ...]:
+        """What an evaluation produces for these rules: all metrics of the task, and those that a rule names beside."""
+        named = [rule.metric for rule in (self.primary, *self.limits, *self.slices)]
+        return tuple(dict.fromkeys((*TASK_METRICS[task], *named)))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns whose groups are looked at."""
+        return tuple(dict.fromkeys(rule.by for rule in (*self.slices, *self.fairness)))
 
 
 WINDOWS = re.compile(r"([1-9]\d?) of ([1-9]\d?)")
@@ -451,6 +511,12 @@ class Pack(Part):
                     f"{file}:{lines.get(where, 1)}: {'.'.join(map(str, where))}: {value!r} is not {kind}",
                     fix=nearest(value, known),
                 )
+        if pack.gate.fairness and pack.data.task != "binary":
+            raise PackError(
+                f"{file}:{lines.get(('gate', 'fairness'), 1)}: gate.fairness: the rates it compares are of a binary "
+                f"target, and data.task is {pack.data.task}",
+                fix="use slices: how far a metric may fall in any group",
+            )
         if pack.triggers.drift is not None and pack.triggers.drift.reach > pack.data.whole:
             where = ("triggers", "drift")
             line = lines.get((*where, "window"), lines.get((*where, "violated"), lines.get(where, 1)))
@@ -578,11 +644,13 @@ def _expectations(file: Path, items: list[Any], lines: Mapping[Location, int]) -
 
 def _names(pack: Pack) -> Iterator[tuple[Location, str, Sequence[str], str]]:
     """What a pack names beyond itself: where, the name, the names there are, and what they are called."""
-    metrics = TASK_METRICS[pack.data.task]
-    metric = f"a metric of a {pack.data.task} target"
-    yield ("gate", "primary", "metric"), pack.gate.primary.metric, metrics, metric
-    for index, rule in enumerate(pack.gate.slices):
-        yield ("gate", "slices", index, "metric"), rule.metric, metrics, metric
+    task = pack.data.task
+    known = (*TASK_METRICS[task], *((f"{PRECISION_AT_RECALL}0.8",) if task == "binary" else ()))
+    named: list[tuple[Location, str]] = [(("gate", "primary", "metric"), pack.gate.primary.metric)]
+    named += [(("gate", "limits", place, "metric"), rule.metric) for place, rule in enumerate(pack.gate.limits)]
+    named += [(("gate", "slices", place, "metric"), rule.metric) for place, rule in enumerate(pack.gate.slices)]
+    for where, metric in named:
+        yield where, metric, (*known, metric) if is_metric(task, metric) else known, f"a metric of a {task} target"
     files = [file.name for file in pack.python_files]
     yield ("training", "call"), f"{pack.training.call.split(':')[0]}.py", files, f"a file in {pack.folder}"
     if isinstance(pack.source, PythonSource):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from evergreen.pack import Data, Pack, Partition
+from evergreen.pack import Data, Fairness, Pack, Partition
 from evergreen.settings import Settings
 
 
@@ -288,6 +288,12 @@ class Estimate(Value):
     value: float
     low: float | None = None
     high: float | None = None
+    error: float | None = None
+    """Its standard error; the bounds are Student's t times this away, or the ends of what the metric can be."""
+    freedom: int | None = None
+    """Student's degrees of freedom; None, beside an error, for the normal distribution: rows taken as independent."""
+    partitions: int | None = None
+    """How many partitions its rows lie in."""
 
 
 class SliceEstimate(Value):
@@ -301,6 +307,21 @@ class SliceEstimate(Value):
     """None where the group has too few rows or one class only."""
 
 
+class Gap(Value):
+    """How far apart groups of hold-out rows are treated: the largest less the smallest of a rate."""
+
+    by: str
+    measure: Fairness
+    threshold: float
+    """The probability from which a row counts as predicted 1."""
+    value: float | None
+    """None where fewer than two groups have rows enough, or a rate is undefined."""
+    groups: dict[str, dict[str, float]]
+    """Group → its rates; those of the groups that were compared."""
+    unjudged: dict[str, int] = {}
+    """Group → rows, of those with too few."""
+
+
 class Evaluation(Value):
     """One model on the hold-out rows, scored through its own model folder in a fresh process."""
 
@@ -310,6 +331,7 @@ class Evaluation(Value):
     rows: int
     metrics: dict[str, Estimate] = {}
     slices: tuple[SliceEstimate, ...] = ()
+    gaps: tuple[Gap, ...] = ()
     latency_p95_ms: float | None = None
     """Of predicting one row, 95th percentile."""
     size_bytes: int

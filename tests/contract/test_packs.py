@@ -215,7 +215,7 @@ def test_a_metric_that_the_evaluation_cannot_produce_is_found(wrong):
 def test_a_slice_by_a_column_that_is_not_there_is_found(wrong):
     """The gate asks for a metric by a misspelt column: better said now than after the first training."""
     judged = wrong(("min: 0.6}", "min: 0.6}, slices: [{by: stattion, metric: roc_auc}]"))
-    breaks(judged, JUDGED, "roc_auc by 'stattion'", "did you mean 'station'?")
+    breaks(judged, JUDGED, "figures by 'stattion'", "did you mean 'station'?")
 
 
 def test_predictions_of_the_wrong_length_are_found(wrong):

@@ -3,26 +3,32 @@
 A challenger is promoted when nothing rejects it, nothing waits for a person, and the comparison speaks for it. With
 Δ = challenger - champion, turned so that more is better, [low, high] its interval and m the margin:
 
-    non_inferior    promote: low ≥ -m, or Δ ≥ -m ≤ high    reject: high < -m    else review
-    superior        promote: low > 0                       reject: high ≤ 0     else review
-    each slice      reject: high < -m                      else no objection
+    non_inferior    promote: low ≥ -m    reject: high < -m    else unclear
+    superior        promote: low > 0     reject: high ≤ 0     else review
+    each slice      reject: shown worse by more than m among all slices    else no objection
 
-An interval that straddles the margin shows nothing; then the figure itself decides, for the challenger knows fresher
-data and staying has its own risk: within the margin it is promoted, beyond it a person is asked.
+Unclear is an interval that straddles the margin: it shows neither. By the pack's `unclear`, a person is asked
+(`review`), or the figure itself decides (`fresher`): Δ ≥ -m promotes, for the challenger knows fresher data and
+staying has its own risk, and Δ < -m asks a person. `fresher` makes no promise about a loss of m: hidden by chance, it
+is promoted half of the time. Whichever it is, a note says how many more rows would tell.
 
 (Non-inferiority by the confidence interval: Piaggio et al., "Reporting of noninferiority and equivalence randomized
-trials", JAMA 308(24), 2012.) It blocks by default: what a rule names and the evaluation did not produce, NaN
-included, rejects; what cannot be told waits for a person.
+trials", JAMA 308(24), 2012.) Each test is one-sided, at the level (1 - confidence) / 2. Slices are tested together, all
+groups of all rules that can be, by Holm's correction: the chance that a challenger which is worse by more than m in no
+slice is rejected for one is at most that level, however many there are.
+
+It blocks by default: what a rule names and the evaluation did not produce, NaN included, rejects; what cannot be told
+waits for a person.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Literal, NamedTuple
 
-from evergreen.pack import GateRules, SliceRule
+from evergreen.pack import FairnessRule, GateRules, PrimaryRule, SliceRule
 from evergreen.run import Difference, Estimate, Evaluated, Evaluation, SliceEstimate, Verdict, count, digest
 
 
@@ -35,6 +41,8 @@ class Finding(NamedTuple):
 
 GRAVITY = ("reject", "review", "promote", "note")
 """The gravest finding decides, and its sentences come first."""
+LONGEST = 20
+"""Hold-outs so many times as long are not worth naming."""
 
 
 def decide(
@@ -53,9 +61,10 @@ def decide(
         *_rolled_back(rolled_back),
         *_time(evaluated, challenger_as_of, champion_as_of),
         *_limits(evaluated.challenger, rules),
-        *_latency(evaluated.challenger, rules),
+        *_cost(evaluated, rules),
+        *(finding for rule in rules.fairness for finding in _fairness(evaluated.challenger, rule)),
         *_comparison(evaluated, rules),
-        *(finding for rule in rules.slices for finding in _slice(evaluated, rule)),
+        *_slices(evaluated, rules),
     ]
     findings.sort(key=lambda finding: GRAVITY.index(finding.decision))
     decision = findings[0].decision
@@ -93,41 +102,91 @@ def _time(evaluated: Evaluated, challenger_as_of: datetime, champion_as_of: date
 
 
 def _limits(challenger: Evaluation, rules: GateRules) -> Iterator[Finding]:
-    """The primary metric is there, and on the right side of its floor and ceiling."""
-    primary = rules.primary
-    figure = _figure(challenger, primary.metric)
-    if figure is None:
-        why = f": {challenger.withheld}" if challenger.withheld else ""
-        yield Finding("reject", f"{primary.metric}, the primary metric, was not produced by the evaluation{why}")
-        return
-    if primary.min is not None:
-        below = figure < primary.min
-        words = "is below" if below else "is at least"
-        yield Finding(
-            "reject" if below else "note", f"{primary.metric} {_beside(figure, primary.min)} {words} {primary.min:g}"
-        )
-    if primary.max is not None:
-        above = figure > primary.max
-        words = "is above" if above else "is at most"
-        yield Finding(
-            "reject" if above else "note", f"{primary.metric} {_beside(figure, primary.max)} {words} {primary.max:g}"
-        )
+    """Every metric with a floor or a ceiling is there, the primary one first, and on the right side of it."""
+    for rule in (rules.primary, *rules.limits):
+        figure = _figure(challenger, rule.metric)
+        if figure is None:
+            why = f": {challenger.withheld}" if challenger.withheld else ""
+            role = ", the primary metric," if rule is rules.primary else ""
+            yield Finding("reject", f"{rule.metric}{role} was not produced by the evaluation{why}")
+            continue
+        shown = f"{rule.metric} {{}}"
+        if rule.min is not None:
+            below = figure < rule.min
+            words = f"{shown.format(_beside(figure, rule.min))} {'is below' if below else 'is at least'} {rule.min:g}"
+            yield Finding("reject" if below else "note", words)
+        if rule.max is not None:
+            above = figure > rule.max
+            words = f"{shown.format(_beside(figure, rule.max))} {'is above' if above else 'is at most'} {rule.max:g}"
+            yield Finding("reject" if above else "note", words)
 
 
-def _latency(challenger: Evaluation, rules: GateRules) -> Iterator[Finding]:
-    """Predicting one row is quick enough for 95 rows of 100."""
-    limit = rules.latency_p95_ms
-    if limit is None:
-        return
+def _cost(evaluated: Evaluated, rules: GateRules) -> Iterator[Finding]:
+    """Predicting one row is quick enough for 95 rows of 100, and neither time nor size grew too far past the champion's."""
+    challenger, champion = evaluated.challenger, evaluated.champion
     measured = challenger.latency_p95_ms
     if measured is None or not math.isfinite(measured):
-        yield Finding("reject", "latency_p95_ms was not produced by the evaluation")
+        measured = None
+        if rules.latency_p95_ms is not None or rules.latency_ratio is not None:
+            yield Finding("reject", "latency_p95_ms was not produced by the evaluation")
+    if rules.latency_p95_ms is not None and measured is not None:
+        over = measured > rules.latency_p95_ms
+        yield Finding(
+            "reject" if over else "note",
+            f"one row takes {measured:.1f} ms at the 95th percentile, "
+            f"{'over' if over else 'within'} {rules.latency_p95_ms:g} ms",
+        )
+    if champion is None or champion.withheld is not None:
+        return  # said once, by _comparison
+    if rules.latency_ratio is not None and measured is not None:
+        yield _beside_champion(
+            evaluated,
+            "latency_p95_ms",
+            measured,
+            champion.latency_p95_ms,
+            rules.latency_ratio,
+            "one row takes {:.2f} ms",
+        )
+    if rules.size_ratio is not None:
+        megabytes = challenger.size_bytes / 1e6, champion.size_bytes / 1e6
+        yield _beside_champion(evaluated, "size_bytes", *megabytes, rules.size_ratio, "the model folder has {:.3g} MB")
+
+
+def _beside_champion(
+    evaluated: Evaluated, what: str, ours: float, theirs: float | None, most: float, sentence: str
+) -> Finding:
+    """Whether something grew by no more than a factor."""
+    name = _champion(evaluated)
+    if theirs is None or not math.isfinite(theirs) or theirs <= 0:
+        return Finding("reject", f"{what} of {name} was not produced by the evaluation")
+    ratio = ours / theirs
+    over = ratio > most
+    return Finding(
+        "reject" if over else "note",
+        f"{sentence.format(ours)}, {ratio:.3g} times {name}'s, {'over' if over else 'within'} {most:g}",
+    )
+
+
+def _fairness(challenger: Evaluation, rule: FairnessRule) -> Iterator[Finding]:
+    """The gap between groups is there, and within its limit; groups too small to compare are named."""
+    what = f"{rule.measure} by {rule.by}"
+    asked = (rule.by, rule.measure, rule.threshold)
+    gap = next((each for each in challenger.gaps if (each.by, each.measure, each.threshold) == asked), None)
+    if gap is None:
+        yield Finding("reject", f"{what} was not produced by the evaluation")
         return
-    over = measured > limit
+    few = f"fewer than {rule.min_rows} rows, or one class only"
+    if gap.value is None or not math.isfinite(gap.value):
+        yield Finding("reject", f"{what} was not produced by the evaluation: {few} in all groups but one at most")
+        return
+    over = gap.value > rule.max
     yield Finding(
         "reject" if over else "note",
-        f"one row takes {measured:.1f} ms at the 95th percentile, {'over' if over else 'within'} {limit:g} ms",
+        f"{what}: {count(len(gap.groups), 'group')} at most {_beside(gap.value, rule.max)} apart, "
+        f"{'over' if over else 'within'} {rule.max:g}",
     )
+    if gap.unjudged:
+        yield Finding("note", f"{what}: not compared, {few}: {_some(_with_rows(gap.unjudged.items()))}")
 
 
 def _comparison(evaluated: Evaluated, rules: GateRules) -> Iterator[Finding]:
@@ -165,22 +224,27 @@ def _comparison(evaluated: Evaluated, rules: GateRules) -> Iterator[Finding]:
         yield Finding("review", f"{shown}, not comparable with {name} ({change}): the hold-out has too few partitions")
         return
     low, high = gain
+    value = difference.estimate.value * _direction(primary.metric)
     if primary.test == "superior":
         decision, words = _superior(low, high)
+        straddled = 0.0 if decision == "review" else None
     else:
-        value = difference.estimate.value * _direction(primary.metric)
-        decision, words = _non_inferior(value, low, high, primary.margin)
+        decision, words = _non_inferior(value, low, high, primary)
+        straddled = -primary.margin if low < -primary.margin <= high else None
     yield Finding(decision, f"{shown}, {words.format(name)} ({change})")
+    if straddled is not None and (more := _more(difference, abs(value - straddled), primary)) is not None:
+        yield Finding("note", f"{primary.metric}: {more} would tell, were the figures to stay")
 
 
 def _non_inferior(
-    value: float, low: float, high: float, margin: float
+    value: float, low: float, high: float, rule: PrimaryRule
 ) -> tuple[Literal["promote", "reject", "review"], str]:
+    margin = rule.margin
     if low >= -margin:
         return "promote", "not worse than {}"
     if high < -margin:
         return "reject", f"worse than {{}} by more than {margin:g}"
-    if value >= -margin:
+    if value >= -margin and rule.unclear == "fresher":
         return "promote", f"not shown worse than {{}} by {margin:g}"
     return "review", f"not shown to be within {margin:g} of {{}}"
 
@@ -193,49 +257,108 @@ def _superior(low: float, high: float) -> tuple[Literal["promote", "reject", "re
     return "review", "not shown to be better than {}"
 
 
-def _slice(evaluated: Evaluated, rule: SliceRule) -> Iterator[Finding]:
-    """One finding for each group that is shown worse or was not compared, then one for each kind of the rest."""
-    groups = [each for each in evaluated.challenger.slices if (each.by, each.metric) == (rule.by, rule.metric)]
-    if not groups:
-        yield Finding("reject", f"{rule.metric} by {rule.by} was not produced by the evaluation")
-        return
+def _slices(evaluated: Evaluated, rules: GateRules) -> Iterator[Finding]:
+    """What all groups of all slice rules say, tested together."""
+    for rule in rules.slices:
+        if not _groups(evaluated, rule):
+            yield Finding("reject", f"{rule.metric} by {rule.by} was not produced by the evaluation")
     if evaluated.champion is None or evaluated.champion.withheld is not None:
         return  # said once, by _comparison
-    rest: dict[str, list[str]] = {"better": [], "unclear": [], "unjudged": []}
-    for each in groups:
-        outcome = _outcome(evaluated, rule, each)
-        if isinstance(outcome, Finding):
-            yield outcome
-        else:
-            rest[outcome].append(each.group)
-    name = _champion(evaluated)
-    for kind, words in (
-        ("better", f"{rule.metric} within {rule.margin:g} of {name}, or better"),
-        ("unclear", f"{rule.metric} neither shown within {rule.margin:g} of {name} nor shown worse"),
-        ("unjudged", f"{rule.metric} not compared, too few rows or one class only"),
-    ):
-        if rest[kind]:
-            yield Finding("note", f"{rule.by}: {words}: {_some(rest[kind])}")
+    tested: list[tuple[SliceRule, Difference, float]] = []
+    for rule in rules.slices:
+        for each in _groups(evaluated, rule):
+            found = _tested(evaluated, rule, each)
+            if isinstance(found, Finding):
+                yield found
+            elif found is not None:
+                tested.append((rule, *found))
+    shown_worse = _holm([p for _, _, p in tested], (1 - rules.primary.confidence) / 2)
+    worse = [one for one, shown in zip(tested, shown_worse, strict=True) if shown]
+    for rule, difference, p in worse:
+        of = next(each.estimate for each in _groups(evaluated, rule) if each.group == difference.group)
+        change = _change(difference.estimate, of.value if of else 0.0)
+        among = f", p {p:.2g} among {len(tested)} slices" if len(tested) > 1 else ""
+        yield Finding(
+            "reject",
+            f"{rule.by} {difference.group}: {rule.metric} worse than {_champion(evaluated)} by more than "
+            f"{rule.margin:g} ({change}{among})",
+        )
+    for rule in rules.slices:
+        yield from _rest(evaluated, rules, rule, [each.group for of, each, _ in worse if of is rule])
 
 
-def _outcome(
-    evaluated: Evaluated, rule: SliceRule, of: SliceEstimate
-) -> Finding | Literal["better", "unclear", "unjudged"]:
-    """What a group says: a reason to reject, or which kind of the rest it is."""
+def _tested(evaluated: Evaluated, rule: SliceRule, of: SliceEstimate) -> Finding | tuple[Difference, float] | None:
+    """The difference within a group with its p-value; a reason to reject; None where it cannot be tested."""
     if of.estimate is None:
-        return "unjudged"
-    name = _champion(evaluated)
+        return None
     difference = _difference(evaluated, rule.metric, rule.by, of.group)
     if difference is None:
-        what = f"the difference in {rule.metric} to {name} for {rule.by} {of.group}"
+        what = f"the difference in {rule.metric} to {_champion(evaluated)} for {rule.by} {of.group}"
         return Finding("reject", f"{what} was not produced by the evaluation")
-    gain = _gain(difference.estimate, rule.metric)
-    if gain is not None and gain[1] < -rule.margin:
-        change = _change(difference.estimate, of.estimate.value)
-        return Finding(
-            "reject", f"{rule.by} {of.group}: {rule.metric} worse than {name} by more than {rule.margin:g} ({change})"
-        )
-    return "better" if gain is not None and gain[0] >= -rule.margin else "unclear"
+    p = _p_worse(difference, rule)
+    if p is None and difference.estimate.low is not None:
+        what = f"the standard error of the difference in {rule.metric} for {rule.by} {of.group}"
+        return Finding("reject", f"{what} was not produced by the evaluation")
+    return None if p is None else (difference, p)
+
+
+def _rest(evaluated: Evaluated, rules: GateRules, rule: SliceRule, worse: Iterable[str | None]) -> Iterator[Finding]:
+    """One finding for each kind of group that does not reject: within the margin, unclear, not judged."""
+    within, unclear, small, undefined = [], [], [], []
+    for each in _groups(evaluated, rule):
+        difference = _difference(evaluated, rule.metric, rule.by, each.group)
+        if each.estimate is None:
+            (small if each.rows < rule.min_rows else undefined).append((each.group, each.rows))
+        elif difference is not None and each.group not in worse:
+            gain = _gain(difference.estimate, rule.metric)
+            if gain is not None and gain[0] >= -rule.margin:
+                within.append(each.group)
+            else:
+                value = difference.estimate.value * _direction(rule.metric)
+                more = _more(difference, abs(value + rule.margin), rules.primary)
+                unclear.append(f"{each.group}: {more} would tell" if more else each.group)
+    name = _champion(evaluated)
+    for groups, words in (
+        (within, f"{rule.metric} within {rule.margin:g} of {name}, or better"),
+        (unclear, f"{rule.metric} neither shown within {rule.margin:g} of {name} nor shown worse"),
+        (_with_rows(small), f"{rule.metric} not judged, fewer than {rule.min_rows} rows"),
+        (_with_rows(undefined), f"{rule.metric} not judged, undefined where all rows are of one class"),
+    ):
+        if groups:
+            yield Finding("note", f"{rule.by}: {words}: {_some(groups)}")
+
+
+def _groups(evaluated: Evaluated, rule: SliceRule) -> list[SliceEstimate]:
+    return [each for each in evaluated.challenger.slices if (each.by, each.metric) == (rule.by, rule.metric)]
+
+
+def _p_worse(difference: Difference, rule: SliceRule) -> float | None:
+    """The p-value against "worse by the margin at most"; None where the difference cannot be resampled."""
+    from evergreen.evaluation.significance import p_worse  # numpy, see _direction
+
+    return p_worse(difference.estimate.value * _direction(rule.metric), difference.estimate, rule.margin)
+
+
+def _holm(p_values: list[float], level: float) -> list[bool]:
+    from evergreen.evaluation.significance import holm  # numpy, see _direction
+
+    return holm(p_values, level)
+
+
+def _more(difference: Difference, distance: float, rule: PrimaryRule) -> str | None:
+    """How much more hold-out would move the interval off a bound that is `distance` from the figure, in words."""
+    from evergreen.evaluation.significance import settling  # numpy, see _direction
+
+    times = settling(difference.estimate, distance, rule.confidence)
+    if times is None:
+        return None
+    if times > LONGEST:
+        return f"not even {LONGEST} times the hold-out"
+    rows = count(_rounded((times - 1) * difference.rows), "row")
+    partitions = difference.estimate.partitions
+    if partitions is None:
+        return f"about {rows} more"
+    return f"about {count(math.ceil((times - 1) * partitions), 'more partition')} ({rows})"
 
 
 def _figure(evaluation: Evaluation, metric: str) -> float | None:
@@ -283,6 +406,16 @@ def _beside(figure: float, limit: float) -> str:
     """The figure, with as many digits as it takes to differ from the limit that it does not meet."""
     shown = _number(figure, figure)
     return f"{figure:.6g}" if float(shown) == limit else shown
+
+
+def _rounded(number: float) -> int:
+    """Two significant digits: more would promise what an extrapolation cannot keep."""
+    place = 10 ** max(0, math.floor(math.log10(number)) - 1) if number >= 1 else 1
+    return max(1, round(number / place) * place)
+
+
+def _with_rows(groups: Iterable[tuple[str, int]]) -> list[str]:
+    return [f"{group}: {count(rows, 'row')}" for group, rows in groups]
 
 
 def _instant(instant: datetime) -> str:

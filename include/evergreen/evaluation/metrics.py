@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evergreen.errors import EvaluationError, nearest
+from evergreen.pack import PRECISION_AT_RECALL, is_metric
 
 Array = NDArray[Any]
 
@@ -39,11 +40,21 @@ def score(task: str, truth: Array, predicted: Array, classes: Sequence[Any] | No
 
 def direction(metric: str) -> int:
     """+1 where greater is better, -1 where less is."""
-    for metrics in METRICS.values():
-        if metric in metrics:
-            return metrics[metric].direction
+    for task, metrics in METRICS.items():
+        if metric in metrics or is_metric(task, metric):
+            return metric_of(task, metric).direction
     known = {name for metrics in METRICS.values() for name in metrics}
     raise EvaluationError(f"{metric!r} is not a metric", fix=nearest(metric, known))
+
+
+def metric_of(task: str, metric: str) -> Metric:
+    """The metric of that name, `precision_at_recall_0.8` and its like among them. Raises EvaluationError."""
+    if not is_metric(task, metric):
+        raise EvaluationError(f"{metric!r} is not a metric of a {task} target", fix=nearest(metric, METRICS[task]))
+    if metric in METRICS[task]:
+        return METRICS[task][metric]
+    target = float(metric.removeprefix(PRECISION_AT_RECALL))
+    return Metric(partial(_precision_at_recall, target=target), +1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +105,11 @@ class Rows:
         clusters = np.unique(self.clusters[chosen], return_inverse=True)[1]
         return Rows(self.task, self.truth[chosen], self.predicted[chosen], clusters)
 
+    def apart(self, most: int) -> Rows:
+        """The same rows, each a partition of its own; of more than `most`, as many runs of neighbours."""
+        n = len(self.truth)
+        return Rows(self.task, self.truth, self.predicted, np.arange(n) * min(n, most) // n)
+
     @cached_property
     def partitions(self) -> int:
         return int(self.clusters.max()) + 1
@@ -128,11 +144,7 @@ def figures(rows: Rows, metric: str, weights: Array) -> Array:
 
     NaN where it is undefined: one class only under a replicate, say. Raises EvaluationError for an unknown metric.
     """
-    if metric not in METRICS[rows.task]:
-        raise EvaluationError(
-            f"{metric!r} is not a metric of a {rows.task} target", fix=nearest(metric, METRICS[rows.task])
-        )
-    return METRICS[rows.task][metric].under(rows, weights)
+    return metric_of(rows.task, metric).under(rows, weights)
 
 
 def value(rows: Rows, metric: str) -> float:
@@ -183,6 +195,24 @@ def _average_precision(rows: Rows, weights: Array) -> Array:
         return float(_divide(np.sum(gains[kept] * tp[kept] / (tp[kept] + fp[kept])), tp[-1]))
 
     return np.array([area(weight) for weight in weights])
+
+
+def _precision_at_recall(rows: Rows, weights: Array, *, target: float) -> Array:
+    """Precision at the highest threshold whose recall is at least `target`: what a user who must find that share pays.
+
+    The step of scikit-learn's `precision_recall_curve` at which recall first reaches the target, not the best step
+    beyond it: that one would profit from luck among few rows.
+    """
+
+    def at(weight: Array) -> float:
+        tp, fp = curve(rows, weight)
+        if not tp[-1]:
+            return float("nan")
+        # Sums of weights may miss the target by a rounding.
+        place = int(np.searchsorted(tp, target * tp[-1] * (1 - 1e-12)))
+        return float(tp[place] / (tp[place] + fp[place]))
+
+    return np.array([at(weight) for weight in weights])
 
 
 def _binary_log_loss(rows: Rows, weights: Array) -> Array:

@@ -28,6 +28,7 @@ def estimates(
     columns: Mapping[str, Array],
     confidence: float,
     classes: Sequence[Any] | None = None,
+    independent: bool = False,
 ) -> tuple[SliceEstimate, ...]:
     """Each slice rule's metric in each group of its column, in order of the rules, then of the groups.
 
@@ -43,7 +44,9 @@ def estimates(
             group=group,
             rows=int(chosen.sum()),
             metric=rule.metric,
-            estimate=estimate(rows.within(chosen), rule.metric, confidence) if _judged(rows, rule, chosen) else None,
+            estimate=estimate(rows.within(chosen), rule.metric, confidence, independent)
+            if _judged(rows, rule, chosen)
+            else None,
         )
         for rule in rules.slices
         for group, chosen in _groups(columns, rule.by)
@@ -61,6 +64,7 @@ def differences(
     columns: Mapping[str, Array],
     confidence: float,
     classes: Sequence[Any] | None = None,
+    independent: bool = False,
 ) -> tuple[Difference, ...]:
     """Challenger minus champion in each group that `estimates` judges; the others are named there, with None."""
     if not rules.slices:
@@ -73,7 +77,7 @@ def differences(
             by=rule.by,
             group=group,
             rows=int(chosen.sum()),
-            estimate=paired(new.within(chosen), old.within(chosen), rule.metric, confidence),
+            estimate=paired(new.within(chosen), old.within(chosen), rule.metric, confidence, independent),
         )
         for rule in rules.slices
         for group, chosen in _groups(columns, rule.by)

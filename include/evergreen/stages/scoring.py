@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from evergreen import database as db
 from evergreen import looks
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError
-from evergreen.pack import TASK_METRICS
+from evergreen.pack import GateRules
 from evergreen.registry import promotion
 from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
@@ -70,14 +71,18 @@ def holdout_rows(store: Store, manifest: Manifest, holdout: Window) -> list[tupl
 
 def classes_of(run: Run, store: Store, snapshot: Snapshot) -> list[Any] | None:
     """The classes of a multiclass target, sorted: those of the training window, in the order of the predictions."""
+    return classes_in(store, snapshot, run.pack.data.task, run.pack.data.target)
+
+
+def classes_in(store: Store, snapshot: Snapshot, task: str, target: str) -> list[Any] | None:
+    """The same, for a target that no pack at hand speaks of."""
     import polars as pl
 
-    data = run.pack.data
-    if data.task != "multiclass":
+    if task != "multiclass":
         return None
     parts = manifest_of(store, snapshot.manifest).within(snapshot.windows.train)
-    seen = pl.concat([pl.read_parquet(store.path(part.object), columns=[data.target]) for part in parts])
-    return sorted(seen[data.target].unique().to_list())
+    seen = pl.concat([pl.read_parquet(store.path(part.object), columns=[target]) for part in parts])
+    return sorted(seen[target].unique().to_list())
 
 
 def compare(
@@ -93,33 +98,18 @@ def compare(
     folder: Path,
 ) -> Evaluated:
     """Figures, slices and differences from predictions that are there already."""
-    import numpy as np
-    import polars as pl
-
-    from evergreen.evaluation import plots, significance, slices  # numpy: every parse of a DAG would pay for it
+    from evergreen.evaluation import plots  # numpy: every parse of a DAG would pay for it
 
     pack = run.pack
-    task = pack.data.task
-    table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
-    clusters = np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows])
-    truth = table[pack.data.target].to_numpy()
-    how: dict[str, Any] = {"clusters": clusters, "confidence": pack.gate.primary.confidence, "classes": classes}
-    for rule in pack.gate.slices:
-        if rule.by not in table.columns:
-            raise EvaluationError(
-                f"pack {pack.name}: gate.slices: there is no column {rule.by!r} in the hold-out rows",
-                fix=f"name one of: {', '.join(table.columns[:12])}",
-            )
-    groups = {rule.by: table[rule.by].cast(pl.String).fill_null("(missing)").to_numpy() for rule in pack.gate.slices}
+    heldout = HeldOut.of(pack.gate, pack.data.task, pack.data.target, rows, classes)
 
     def evaluation(name: str, model: str, version: int | None, size: int) -> Evaluation:
         of_it = scored[name]
         return Evaluation(
             model=model,
             version=version,
-            rows=table.height,
-            metrics=significance.intervals(task, truth, of_it.predicted, **how),
-            slices=slices.estimates(pack.gate, task, truth, of_it.predicted, columns=groups, **how),
+            rows=len(heldout.truth),
+            **heldout.figures(of_it.predicted),
             latency_p95_ms=of_it.result.metrics.get("latency_p95_ms"),
             size_bytes=size,
             predictions=of_it.predictions,
@@ -127,12 +117,12 @@ def compare(
 
     challenger = evaluation("challenger", trained.model.hash, None, trained.model.size)
     incumbent = None
-    differences: tuple[Any, ...] = ()
+    differences: tuple[Difference, ...] = ()
     if champion is not None and withheld is not None:
         incumbent = Evaluation(
             model=looks.model_of(champion).hash,
             version=champion.version,
-            rows=table.height,
+            rows=len(heldout.truth),
             size_bytes=0,
             withheld=withheld,
         )
@@ -140,22 +130,17 @@ def compare(
         model = looks.model_of(champion)
         size = sum(ref.size for ref in store.listing(model).values())
         incumbent = evaluation("champion", model.hash, champion.version, size)
-        pair = (scored["challenger"].predicted, scored["champion"].predicted)
-        differences = (
-            *(
-                Difference(
-                    metric=metric,
-                    rows=table.height,
-                    estimate=significance.difference(task, metric, truth, *pair, **how),
-                )
-                for metric in TASK_METRICS[task]
-            ),
-            *slices.differences(pack.gate, task, truth, *pair, columns=groups, **how),
-        )
+        differences = heldout.differences(scored["challenger"].predicted, scored["champion"].predicted)
     drawn = folder / "plots"
     drawn.mkdir()
     titles = {"challenger": "challenger", "champion": f"champion, version {champion.version}" if champion else ""}
-    plots.draw(task, truth, {titles[name]: each.predicted for name, each in scored.items()}, drawn, classes=classes)
+    plots.draw(
+        pack.data.task,
+        heldout.truth,
+        {titles[name]: each.predicted for name, each in scored.items()},
+        drawn,
+        classes=classes,
+    )
     importance: tuple[Importance, ...] = ()
     if sample is not None:
         swapped = scored["challenger"].swapped[0]
@@ -174,6 +159,73 @@ def compare(
         plots=figures,
         importance=importance,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The hold-out rows as the rules look at them: what is true, which partition, which groups."""
+
+    rules: GateRules
+    task: str
+    truth: np.ndarray
+    columns: dict[str, np.ndarray]
+    how: dict[str, Any]
+    """What every figure is reckoned with: clusters, classes, confidence, independent."""
+
+    @classmethod
+    def of(
+        cls,
+        rules: GateRules,
+        task: str,
+        target: str,
+        rows: list[tuple[PartitionFile, pl.DataFrame]],
+        classes: list[Any] | None,
+    ) -> HeldOut:
+        """Raises EvaluationError for a column that a rule names and the rows lack."""
+        import numpy as np
+        import polars as pl
+
+        table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
+        for by in rules.columns:
+            if by not in table.columns:
+                raise EvaluationError(
+                    f"gate: a rule is by {by!r}, and the hold-out rows have no such column",
+                    fix=f"name one of: {', '.join(table.columns[:12])}",
+                )
+        how: dict[str, Any] = {
+            "clusters": np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows]),
+            "classes": classes,
+            "confidence": rules.primary.confidence,
+            "independent": rules.primary.independent,
+        }
+        groups = {by: table[by].cast(pl.String).fill_null("(missing)").to_numpy() for by in rules.columns}
+        return cls(rules, task, table[target].to_numpy(), groups, how)
+
+    def figures(self, predicted: np.ndarray) -> dict[str, Any]:
+        """What an Evaluation says of these predictions: metrics, slices and gaps."""
+        from evergreen.evaluation import fairness, significance, slices
+
+        wanted = self.rules.metrics(self.task)
+        return {
+            "metrics": significance.intervals(self.task, self.truth, predicted, metrics=wanted, **self.how),
+            "slices": slices.estimates(self.rules, self.task, self.truth, predicted, columns=self.columns, **self.how),
+            "gaps": fairness.gaps(self.rules, self.truth, predicted, columns=self.columns),
+        }
+
+    def differences(self, challenger: np.ndarray, champion: np.ndarray) -> tuple[Difference, ...]:
+        """Challenger minus champion, overall and in each group that is judged."""
+        from evergreen.evaluation import significance, slices
+
+        models = (self.truth, challenger, champion)
+        overall = (
+            Difference(
+                metric=metric,
+                rows=len(self.truth),
+                estimate=significance.difference(self.task, metric, *models, **self.how),
+            )
+            for metric in self.rules.metrics(self.task)
+        )
+        return (*overall, *slices.differences(self.rules, self.task, *models, columns=self.columns, **self.how))
 
 
 def predict(settings: Settings, version: ModelVersion, file: Path) -> pl.DataFrame:

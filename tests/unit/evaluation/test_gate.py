@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evergreen.evaluation.gate import decide, policy_hash
-from evergreen.pack import GateRules, PrimaryRule, SliceRule
-from evergreen.run import Difference, Estimate, Evaluated, Evaluation, SliceEstimate, Verdict, Window
+from evergreen.pack import FairnessRule, GateRules, LimitRule, PrimaryRule, SliceRule
+from evergreen.run import Difference, Estimate, Evaluated, Evaluation, Gap, SliceEstimate, Verdict, Window
 
 APRIL = datetime(2013, 4, 1, tzinfo=UTC)
 MARCH = datetime(2013, 3, 1, tzinfo=UTC)
@@ -21,9 +21,14 @@ def evaluation(value: float | None = 0.690, *, metric: str = "roc_auc", **fields
     )
 
 
+T_13 = 2.1603686564610127
+"""Student's t with 13 degrees of freedom, 97.5 %: a hold-out of fourteen days."""
+
+
 def change(value: float, low: float | None, high: float | None, metric: str = "roc_auc", group: str | None = None):
     by = None if group is None else "carrier"
-    estimate = Estimate(value=value, low=low, high=high)
+    known = {} if low is None or high is None else {"error": abs(high - low) / 2 / T_13, "freedom": 13}
+    estimate = Estimate(value=value, low=low, high=high, partitions=14, **known)
     return Difference(metric=metric, by=by, group=group, rows=900, estimate=estimate)
 
 
@@ -86,7 +91,7 @@ GAIN = change(0.011, 0.003, 0.019)
 def test_the_interval_decides_against_the_champion(test, value, low, high, decision, headline):
     """By where the interval lies, by the figure where it straddles the margin; all three in one line."""
     verdict = judge(rules(test=test), change(value, low, high))
-    assert verdict == Verdict(decision=decision, reasons=(headline,))
+    assert (verdict.decision, verdict.reasons[0]) == (decision, headline)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,45 @@ def test_an_equal_model_with_fresher_data_wins_even_without_margin():
     verdict = judge(rules(margin=0), change(0.0, 0.0, 0.0))
     assert verdict.reasons == ("roc_auc 0.690, not worse than version 3 (+0.000, interval +0.000 … +0.000)",)
     assert verdict.decision == "promote"
+
+
+@pytest.mark.parametrize(("value", "decision"), [(0.011, "review"), (-0.011, "review")])
+def test_a_pack_may_ask_a_person_wherever_nothing_is_shown(value, decision):
+    """`unclear: review`: an interval across the margin is no promotion, whatever the figure."""
+    verdict = judge(rules(unclear="review"), change(value, value - 0.03, value + 0.03))
+    assert verdict.decision == decision
+    assert verdict.reasons[0].startswith("roc_auc 0.690, not shown to be within 0.01 of version 3 (")
+
+
+def test_what_is_shown_needs_no_person():
+    """`unclear: review` changes nothing where the interval lies on one side of the margin."""
+    gate = rules(unclear="review")
+    assert [judge(gate, change(value, value - 0.005, value + 0.005)).decision for value in (0.0, -0.02)] == [
+        "promote",
+        "reject",
+    ]
+
+
+def test_an_unclear_comparison_says_how_much_more_would_tell():
+    """A figure 0.005 from the bound and 0.03 wide needs (t · 0.03 / (t(13) · 0.005))² times the rows: t falls to 1.98."""
+    verdict = judge(rules(), change(-0.005, -0.035, 0.025))
+    assert verdict.reasons[1] == "roc_auc: not even 20 times the hold-out would tell, were the figures to stay"
+    verdict = judge(rules(), change(0.0, -0.02, 0.02))
+    assert verdict.reasons[1] == ("roc_auc: about 35 more partitions (2 200 rows) would tell, were the figures to stay")
+
+
+def test_superior_says_how_much_more_would_show_the_gain():
+    """Its bound is 0, not the margin."""
+    verdict = judge(rules(test="superior"), change(0.01, -0.01, 0.03))
+    assert (verdict.decision, len(verdict.reasons)) == ("review", 2)
+    assert verdict.reasons[1] == "roc_auc: about 35 more partitions (2 200 rows) would tell, were the figures to stay"
+
+
+@pytest.mark.parametrize("interval", [(-0.005, 0.03), (-0.05, -0.02)])
+def test_what_is_shown_needs_no_more_rows(interval):
+    """An interval on one side of the margin has no such note."""
+    verdict = judge(rules(), change(sum(interval) / 2, *interval))
+    assert len(verdict.reasons) == 1
 
 
 def test_without_an_interval_a_person_decides():
@@ -314,6 +358,82 @@ def test_a_slow_model_is_rejected():
     )
 
 
+@pytest.mark.parametrize(
+    ("limit", "headline"),
+    [
+        (LimitRule(metric="brier", max=0.2), "brier 0.210 is above 0.2"),
+        (LimitRule(metric="precision_at_recall_0.8", min=0.5), "precision_at_recall_0.8 0.400 is below 0.5"),
+        (LimitRule(metric="accuracy", min=0.5), "accuracy was not produced by the evaluation"),
+    ],
+)
+def test_any_metric_may_have_a_limit(limit, headline):
+    """Past it, or not produced, the challenger is rejected, however it compares."""
+    figures = {"roc_auc": 0.69, "brier": 0.21, "precision_at_recall_0.8": 0.4}
+    challenger = evaluation(metrics={name: Estimate(value=value) for name, value in figures.items()})
+    verdict = judge(GateRules(primary=PrimaryRule(metric="roc_auc"), limits=(limit,)), GAIN, challenger=challenger)
+    assert (verdict.decision, verdict.reasons[0]) == ("reject", headline)
+
+
+def beside(*, challenger: Evaluation, champion: Evaluation, **ratios: float) -> Verdict:
+    gate = GateRules(primary=PrimaryRule(metric="roc_auc"), **ratios)
+    return judge(gate, GAIN, challenger=challenger, champion=champion)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "decision", "reason"),
+    [
+        ({"latency_ratio": 1.5}, "reject", "one row takes 2.00 ms, 1.67 times version 3's, over 1.5"),
+        ({"latency_ratio": 2}, "promote", "one row takes 2.00 ms, 1.67 times version 3's, within 2"),
+        ({"size_ratio": 2}, "reject", "the model folder has 3 MB, 3 times version 3's, over 2"),
+        ({"size_ratio": 3}, "promote", "the model folder has 3 MB, 3 times version 3's, within 3"),
+    ],
+)
+def test_a_model_may_cost_so_many_times_what_the_champion_does(ratio, decision, reason):
+    """Latency and size are held against the champion's of the same evaluation."""
+    verdict = beside(
+        challenger=evaluation(latency_p95_ms=2.0, size_bytes=3_000_000),
+        champion=evaluation(version=3, latency_p95_ms=1.2, size_bytes=1_000_000),
+        **ratio,
+    )
+    assert (verdict.decision, reason in verdict.reasons) == (decision, True)
+
+
+def test_a_cost_that_was_not_measured_rejects():
+    """Without the champion's latency the ratio is unknown, and without the challenger's too."""
+    known, unknown = evaluation(version=3), evaluation(version=3, latency_p95_ms=None)
+    assert [beside(challenger=one, champion=other, latency_ratio=9).reasons[0] for one, other in
+            ((known, unknown), (unknown, known))] == [
+        "latency_p95_ms of version 3 was not produced by the evaluation",
+        "latency_p95_ms was not produced by the evaluation",
+    ]  # fmt: skip
+
+
+ODDS = FairnessRule(by="origin", max=0.1)
+
+
+def treated(value: float | None, **fields) -> Evaluation:
+    rates = {group: {"true_positive_rate": 0.5} for group in ("EWR", "JFK")}
+    gap = {"by": "origin", "measure": "equalized_odds", "threshold": 0.5, "value": value, "groups": rates}
+    return evaluation(gaps=(Gap(**gap | fields),))
+
+
+@pytest.mark.parametrize(
+    ("challenger", "decision", "reason"),
+    [
+        (treated(0.2), "reject", "equalized_odds by origin: 2 groups at most 0.200 apart, over 0.1"),
+        (treated(0.1), "promote", "equalized_odds by origin: 2 groups at most 0.1 apart, within 0.1"),
+        (treated(0.0, unjudged={"LGA": 40}), "promote", "equalized_odds by origin: not compared, fewer than 500 rows, or one class only: 1 group (LGA: 40 rows)"),
+        (evaluation(), "reject", "equalized_odds by origin was not produced by the evaluation"),
+        (treated(0.0, threshold=0.3), "reject", "equalized_odds by origin was not produced by the evaluation"),
+        (treated(None), "reject", "equalized_odds by origin was not produced by the evaluation: fewer than 500 rows, or one class only in all groups but one at most"),
+    ],
+)  # fmt: skip
+def test_groups_are_treated_alike_within_a_limit(challenger, decision, reason):
+    """A gap past its limit, or one that was not produced, rejects; groups that were not compared are named."""
+    verdict = judge(GateRules(primary=PrimaryRule(metric="roc_auc"), fairness=(ODDS,)), GAIN, challenger=challenger)
+    assert (verdict.decision, reason in verdict.reasons) == (decision, True), verdict.reasons
+
+
 # Slices
 
 
@@ -330,7 +450,10 @@ def test_a_group_shown_worse_rejects_a_model_that_is_better_on_the_whole():
     assert verdict == Verdict(
         decision="reject",
         reasons=(
-            "carrier HA: roc_auc worse than version 3 by more than 0.03 (-0.060, interval -0.080 … -0.040)",
+            (
+                "carrier HA: roc_auc worse than version 3 by more than 0.03 "
+                "(-0.060, interval -0.080 … -0.040, p 0.0033 among 2 slices)"
+            ),
             "roc_auc 0.690, not worse than version 3 (+0.011, interval +0.003 … +0.019)",
             "carrier: roc_auc within 0.03 of version 3, or better: 1 group (UA)",
         ),
@@ -338,18 +461,23 @@ def test_a_group_shown_worse_rejects_a_model_that_is_better_on_the_whole():
 
 
 def test_unclear_and_unjudged_groups_are_named_and_do_not_block():
-    """A group too small to tell does not stop a model, nor is it passed over in silence."""
+    """A group too small to tell does not stop a model, nor is it passed over in silence; some say what would tell."""
+    small = SliceEstimate(by="carrier", group="YV", rows=38, metric="roc_auc", estimate=None)
     verdict = sliced(
-        change(-0.02, -0.09, 0.05, group="HA"), change(0.02, None, None, group="OO"), change(0.02, 0.0, 0.04, group="UA"),
-        groups=(group("HA", 0.61), group("OO", 0.6), group("UA", 0.7), group("YV", None)),
+        change(-0.01, -0.04, 0.02, group="HA"), change(0.02, None, None, group="OO"), change(0.02, 0.0, 0.04, group="UA"),
+        groups=(group("HA", 0.61), group("OO", 0.6), group("UA", 0.7), small, group("ZZ", None)),
     )  # fmt: skip
     assert verdict == Verdict(
         decision="promote",
         reasons=(
             "roc_auc 0.690, not worse than version 3 (+0.011, interval +0.003 … +0.019)",
             "carrier: roc_auc within 0.03 of version 3, or better: 1 group (UA)",
-            "carrier: roc_auc neither shown within 0.03 of version 3 nor shown worse: 2 groups (HA, OO)",
-            "carrier: roc_auc not compared, too few rows or one class only: 1 group (YV)",
+            (
+                "carrier: roc_auc neither shown within 0.03 of version 3 nor shown worse: 2 groups "
+                "(HA: about 15 more partitions (920 rows) would tell, OO)"
+            ),
+            "carrier: roc_auc not judged, fewer than 500 rows: 1 group (YV: 38 rows)",
+            "carrier: roc_auc not judged, undefined where all rows are of one class: 1 group (ZZ: 900 rows)",
         ),
     )
 
@@ -358,7 +486,43 @@ def test_many_groups_are_counted_and_five_named():
     """A sentence stays a sentence."""
     names = [f"C{number}" for number in range(7)]
     verdict = sliced(groups=tuple(group(name, None) for name in names))
-    assert verdict.reasons[-1].endswith(": 7 groups (C0, C1, C2, C3, C4 …)")
+    assert verdict.reasons[-1].startswith("carrier: roc_auc not judged")
+    assert verdict.reasons[-1].endswith("C4: 900 rows …)")
+
+
+def test_one_of_many_groups_must_be_shown_worse_by_more():
+    """A loss that rejects where it is the only slice (p 0.02) is no surprise among five."""
+    loss = change(-0.081, -0.131, -0.031, group="C0")
+    others = [change(0.0, -0.01, 0.01, group=f"C{place}") for place in range(1, 5)]
+    alone = sliced(loss, groups=(group("C0", 0.6),))
+    among = sliced(loss, *others, groups=tuple(group(f"C{place}", 0.6) for place in range(5)))
+    assert (alone.decision, among.decision) == ("reject", "promote")
+    assert "nor shown worse: 1 group (C0" in among.reasons[-1]
+
+
+def test_groups_of_all_rules_are_tested_together():
+    """Two rules of one group each halve the level for the first: the family is the gate, not the rule."""
+    by = {name: SliceRule(by=name, metric="roc_auc") for name in ("carrier", "origin")}
+    found = [
+        change(-0.081, -0.131, -0.031, group="A"),
+        change(0.0, -0.01, 0.01, group="A").model_copy(update={"by": "origin"}),
+    ]
+    groups = [group("A", 0.6), group("A", 0.6).model_copy(update={"by": "origin"})]
+    challenger = evaluation(slices=tuple(groups))
+    one = judge(rules(slices=(by["carrier"],)), GAIN, found[0], challenger=challenger)
+    both = judge(rules(slices=(by["carrier"], by["origin"])), GAIN, *found, challenger=challenger)
+    assert (one.decision, both.decision) == ("reject", "promote")
+
+
+def test_a_slice_without_its_standard_error_rejects():
+    """What the correction needs was not produced."""
+    bare = change(0.0, -0.01, 0.01, group="AA")
+    bare = bare.model_copy(update={"estimate": bare.estimate.model_copy(update={"error": None})})
+    verdict = sliced(bare, groups=(group("AA", 0.7),))
+    assert (
+        verdict.reasons[0]
+        == "the standard error of the difference in roc_auc for carrier AA was not produced by the evaluation"
+    )
 
 
 def test_slices_need_no_champion_but_must_be_there():
@@ -380,6 +544,7 @@ def test_the_gravest_finding_decides_and_comes_first():
         "roc_auc 0.690 is below 0.7",
         "one row takes 1.2 ms at the 95th percentile, over 1 ms",
         "roc_auc 0.690, not shown to be within 0.01 of version 3 (-0.100, interval -0.200 … +0.100)",
+        "roc_auc: about 5 more partitions (310 rows) would tell, were the figures to stay",
     )
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evergreen.evaluation.metrics import Rows, figures, score
-from evergreen.evaluation.significance import difference, estimate, intervals, paired
+from evergreen.evaluation.significance import difference, estimate, holm, intervals, p_worse, paired, settling
 from evergreen.pack import TASK_METRICS
 from evergreen.run import Estimate
 
@@ -107,7 +107,7 @@ def test_a_model_does_not_differ_from_itself(seed, count):
     truth, predicted, _, day = days(np.random.default_rng(seed), count)
     for metric in TASK_METRICS["binary"]:
         found = difference("binary", metric, truth, predicted, predicted.copy(), clusters=day, confidence=0.95)
-        assert found == Estimate(value=0.0, low=0.0, high=0.0), metric
+        assert (found.value, found.low, found.high, found.error) == (0.0, 0.0, 0.0, 0.0), metric
 
 
 def test_pairing_narrows_the_interval_of_a_difference():
@@ -195,3 +195,139 @@ def test_many_partitions_are_left_out_in_runs_of_neighbours():
     assert (found.value, found.low, found.high) == pytest.approx(
         (in_fours.value, in_fours.low, in_fours.high), abs=1e-12
     )
+
+
+# Rows that a pack declares independent
+
+
+def covariance(truth, *models):
+    """DeLong's covariance of the AUCs as their paper writes it: every positive beside every negative."""
+    places = []
+    for predicted in models:
+        beside = np.subtract.outer(predicted[truth], predicted[~truth])
+        places.append((beside > 0) + 0.5 * (beside == 0))
+    positives, negatives = (
+        np.array([each.mean(axis=1) for each in places]),
+        np.array([each.mean(axis=0) for each in places]),
+    )
+    return np.cov(positives) / truth.sum() + np.cov(negatives) / (~truth).sum()
+
+
+@pytest.mark.parametrize("decimals", [1, 6])
+def test_the_difference_of_independent_rows_is_delongs(decimals):
+    """Midranks give what every positive beside every negative gives, with ties and without."""
+    truth, better, worse, day = days(np.random.default_rng(13), 5)
+    better, worse = better.round(decimals), worse.round(decimals)
+    found = difference("binary", "roc_auc", truth, better, worse, clusters=day, confidence=0.95, independent=True)
+    of = covariance(truth, better, worse)
+    error = np.sqrt(of[0, 0] + of[1, 1] - 2 * of[0, 1])
+    assert found.error == pytest.approx(error, abs=1e-12)
+    assert (found.high - found.low) / 2 == pytest.approx(1.959963984540054 * error, abs=1e-12)
+    assert (found.freedom, found.partitions) == (None, None)
+
+
+def test_delongs_error_is_the_published_one():
+    """Hanley and McNeil's 109 images rated 1 to 5 (Radiology 143, 1982): AUC 0.8932, standard error 0.0307.
+
+    As Stata's manual prints them for `roctab`; against a constant, whose AUC is 0.5 without any error.
+    """
+    normal, abnormal = [33, 6, 6, 11, 2], [3, 2, 2, 11, 33]
+    truth = np.repeat([False, True], [sum(normal), sum(abnormal)])
+    rating = np.concatenate([np.repeat(np.arange(1, 6), counts) for counts in (normal, abnormal)]) / 5
+    found = difference(
+        "binary", "roc_auc", truth, rating, np.full(109, 0.5), clusters=np.zeros(109, int), confidence=0.95,
+        independent=True,
+    )  # fmt: skip
+    assert (round(found.value + 0.5, 4), round(found.error, 4)) == (0.8932, 0.0307)
+    assert (round(found.low + 0.5, 5), round(found.high + 0.5, 5)) == (0.83295, 0.95339)
+
+
+@pytest.mark.parametrize("metric", ["roc_auc", "brier", "average_precision"])
+def test_intervals_of_independent_rows_hold_the_true_difference(metric):
+    """Rows without days: DeLong and the jackknife over runs of rows both cover as they say, and need no partitions."""
+    rng = np.random.default_rng(14)
+
+    def rows(n):
+        known, hidden = rng.normal(size=(2, n))
+        truth = rng.random(n) < 1 / (1 + np.exp(1.2 - 0.8 * known - 0.5 * hidden))
+        return truth, *(1 / (1 + np.exp(1.2 - 0.8 * known - share * hidden)) for share in (0.4, 0.1))
+
+    truth, better, worse = rows(400_000)
+    true = score("binary", truth, better)[metric] - score("binary", truth, worse)[metric]
+    held = 0
+    for _ in range(150):
+        truth, better, worse = rows(600)
+        found = difference(
+            "binary", metric, truth, better, worse, clusters=np.zeros(600, int), confidence=0.9, independent=True
+        )
+        held += found.low <= true <= found.high
+    assert 0.84 <= held / 150 <= 0.96
+
+
+def test_one_row_of_a_class_has_no_interval_of_delongs():
+    """There is no variance of one."""
+    truth = np.arange(50) == 0
+    predicted = np.linspace(0, 1, 50)
+    found = difference(
+        "binary", "roc_auc", truth, predicted, predicted[::-1], clusters=np.zeros(50, int), confidence=0.95,
+        independent=True,
+    )  # fmt: skip
+    assert (found.low, found.high, found.error) == (None, None, None)
+
+
+# What the gate asks of an interval
+
+
+def test_a_p_value_is_where_the_interval_ends():
+    """The one-sided p-value is 2.5 % just where the 95 % interval ends, for Student's t and for the normal."""
+    truth, better, worse, day = days(np.random.default_rng(15), 9)
+    for independent in (False, True):
+        found = difference(
+            "binary", "roc_auc", truth, worse, better, clusters=day, confidence=0.95, independent=independent
+        )
+        assert p_worse(found.value, found, -found.high) == pytest.approx(0.025, abs=1e-9)
+        assert p_worse(found.value, found, -found.low) == pytest.approx(0.975, abs=1e-9)
+
+
+def test_without_spread_a_loss_is_certain_or_none():
+    """A standard error of 0: past the margin p is 0, within it 1; without one there is no p."""
+    exact = Estimate(value=-0.02, low=-0.02, high=-0.02, error=0.0, freedom=5)
+    assert [p_worse(exact.value, exact, margin) for margin in (0.01, 0.02, 0.03)] == [0.0, 1.0, 1.0]
+    assert p_worse(0.1, Estimate(value=0.1), 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("p_values", "rejected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [True, False, False, True]),
+        ([0.04], [True]),
+        ([0.04, 0.04], [False, False]),
+        ([0.026, 0.024], [True, True]),
+        ([0.024, 0.051], [True, False]),
+        ([], []),
+    ],
+)
+def test_holms_steps_are_his(p_values, rejected):
+    """The k-th smallest of n is held to 0.05 / (n - k + 1), and the first that fails stops it."""
+    assert holm(p_values, 0.05) == rejected
+
+
+def test_so_much_more_hold_out_would_settle_it():
+    """Given k times the days, each as those there are, the interval ends about where it had to."""
+    truth, better, worse, day = days(np.random.default_rng(16), 10)
+    found = difference("binary", "brier", truth, worse, better, clusters=day, confidence=0.95)
+    distance = (found.high - found.low) / 5
+    times = round(settling(found, distance, 0.95))
+    more = [np.tile(each, times) for each in (truth, worse, better)]
+    longer = difference(
+        "binary", "brier", *more, clusters=np.concatenate([day + 10 * copy for copy in range(times)]), confidence=0.95
+    )
+    assert (longer.high - longer.low) / 2 == pytest.approx(distance, rel=0.12)
+
+
+def test_what_cannot_be_settled_says_so():
+    """A figure on the bound itself never; without a standard error nobody knows; and what is settled needs no more."""
+    found = Estimate(value=0.0, low=-1.0, high=1.0, error=0.4, freedom=13)
+    assert settling(found, 0.0, 0.95) == float("inf")
+    assert settling(Estimate(value=0.0), 1.0, 0.95) is None
+    assert settling(found, 2.0, 0.95) == 1.0
