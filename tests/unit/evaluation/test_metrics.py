@@ -212,3 +212,26 @@ def test_rows_that_cannot_be_judged_are_refused(case):
     task, truth, predicted, classes, message = REFUSED[case]
     with pytest.raises(EvaluationError, match=message):
         score(task, truth, predicted, classes)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.5, 0.8, 1]))
+def test_precision_at_a_recall_is_scikit_learns_step(seed, target):
+    """The precision of the highest threshold of scikit-learn's curve that finds so many, ties and weights included."""
+    rng = np.random.default_rng(seed)
+    truth, predicted, day = rng.random(200) < 0.3, rng.random(200).round(2), rng.integers(0, 5, 200)
+    rows, weight = Rows.of("binary", truth, predicted, day), rng.integers(1, 4, 5).astype(float)
+    precision, recall, _ = reference.precision_recall_curve(truth, predicted, sample_weight=weight[rows.clusters])
+    reached = precision[np.flatnonzero(recall >= target - 1e-12)[-1]]
+    found = figures(rows, f"precision_at_recall_{target}", weight[None])
+    assert found == pytest.approx([reached], abs=1e-12)
+
+
+def test_precision_at_a_recall_is_a_metric_of_binary_targets_only():
+    """It has a direction as others have; a recall that cannot be, or another target, is refused."""
+    assert direction("precision_at_recall_0.95") == 1
+    rows = Rows.of("regression", np.arange(3.0), np.arange(3.0), np.zeros(3, int))
+    with pytest.raises(EvaluationError, match="'precision_at_recall_0.8' is not a metric of a regression target"):
+        figures(rows, "precision_at_recall_0.8", np.ones((1, 1)))
+    with pytest.raises(EvaluationError, match=r"'precision_at_recall_1\.5' is not a metric"):
+        direction("precision_at_recall_1.5")
