@@ -50,8 +50,10 @@ LEVEL = 0.025
 A_DAY = 300
 """Rows."""
 SLICES = 20
-PLANTED = 0.9
-"""How much of what it knows of the hidden half the challenger loses in the slice with the regression."""
+KNOWS = 0.1
+"""What both models take from the hidden half, of the 0.5 that is in it: either could be better."""
+PLANTED = 0.6
+"""The challenger's `loss` in the slice with the regression."""
 RULES = {
     "superior": PrimaryRule(metric="roc_auc", test="superior", margin=MARGIN),
     "non_inferior": PrimaryRule(metric="roc_auc", margin=MARGIN),
@@ -63,14 +65,14 @@ POINTS = "two point values"
 def pair(
     rng: np.random.Generator, days: int, loss: float | np.ndarray = 0.0, a_day: int = A_DAY
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Truth, challenger's and champion's predictions, day. `loss`: what the challenger knows less, of 0.5; or by row."""
+    """Truth, challenger's and champion's predictions, day. `loss`: how much less the challenger takes; for all, or by row."""
     day = np.repeat(np.arange(days), a_day)
     known, hidden = rng.normal(size=(2, len(day)))
     rate, skill = rng.normal(-1.2, 0.6, days)[day], rng.normal(0.8, 0.35, days)[day]
     truth = rng.random(len(day)) < 1 / (1 + np.exp(-(rate + skill * known + 0.5 * hidden)))
-    own, noise = rng.normal(0, 0.12, (2, days)), rng.normal(0, 0.3, (2, len(day)))
+    own, noise = rng.normal(0, 0.08, (2, days)), rng.normal(0, 0.3, (2, len(day)))
     challenger, champion = (
-        1 / (1 + np.exp(-(-1.2 + 0.8 * known + (0.5 + own[model][day] - less) * hidden + noise[model])))
+        1 / (1 + np.exp(-(-1.2 + 0.8 * known + (KNOWS + own[model][day] - less) * hidden + noise[model])))
         for model, less in enumerate((loss, 0.0))
     )
     return truth, challenger, champion, day
@@ -85,7 +87,7 @@ def loss_of(difference: float) -> float:
         return new - old
 
     chance = apart(0.0)  # what a thousand days still hold of luck
-    low, high = -0.5, 0.5
+    low, high = -0.4, 0.6
     for _ in range(10):
         middle = (low + high) / 2
         low, high = (middle, high) if apart(middle) - chance > difference else (low, middle)

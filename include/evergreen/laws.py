@@ -145,8 +145,7 @@ def _is_judged(run: Run, found: dict[str, Any]) -> str:
         classes=classes,
         metrics=rules.metrics(data.task),
     )
-    wanted = {rule.metric for rule in (rules.primary, *rules.limits, *rules.slices)}
-    return ", ".join(f"{name} {produced[name].value:.3f}" for name in sorted(wanted))
+    return ", ".join(f"{name} {produced[name].value:.3f}" for name in sorted(rules.named))
 
 
 LAWS: dict[str, Callable[[Run, dict[str, Any]], str]] = {

@@ -303,13 +303,18 @@ class GateRules(Part):
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """What an evaluation produces for these rules: all metrics of the task, and those that a rule names beside."""
-        named = [rule.metric for rule in (self.primary, *self.limits, *self.slices)]
-        return tuple(dict.fromkeys((*TASK_METRICS[task], *named)))
+        return tuple(dict.fromkeys((*TASK_METRICS[task], *self.named)))
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The metrics that rules name, the primary one first."""
+        rest = (*(rule.metric for rule in self.limits), *(rule.metric for rule in self.slices))
+        return tuple(dict.fromkeys((self.primary.metric, *rest)))
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns whose groups are looked at."""
-        return tuple(dict.fromkeys(rule.by for rule in (*self.slices, *self.fairness)))
+        return tuple(dict.fromkeys((*(rule.by for rule in self.slices), *(rule.by for rule in self.fairness))))
 
 
 WINDOWS = re.compile(r"([1-9]\d?) of ([1-9]\d?)")

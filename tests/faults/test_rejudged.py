@@ -6,8 +6,11 @@ from datetime import timedelta
 import pytest
 from tests.faults.conftest import AS_OF, DAYS, NAME, Home
 
+from evergreen.errors import StageError
 from evergreen.run import Evaluated, Ref
 from evergreen.stages.judging import rejudge
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 GATE = {
     "primary": {"metric": "roc_auc", "min": 0.6, "margin": 0.2},
@@ -117,8 +120,6 @@ def test_an_altered_prediction_is_noticed(judged):
 
 def test_a_verdict_without_its_run_is_refused(judged):
     """An event whose run left no stages cannot be judged again, and says of which run."""
-    from evergreen.errors import StageError
-
     event = verdict_of(judged, "second")
     stranger = type(event)(**{**vars(event), "run_id": "nobody"})
     with pytest.raises(StageError, match=f"run nobody of {NAME} has a verdict, and no event of snapshot"):

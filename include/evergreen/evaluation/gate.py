@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Literal, NamedTuple
 
-from evergreen.pack import FairnessRule, GateRules, PrimaryRule, SliceRule
+from evergreen.pack import FairnessRule, GateRules, LimitRule, PrimaryRule, SliceRule
 from evergreen.run import Difference, Estimate, Evaluated, Evaluation, SliceEstimate, Verdict, count, digest
 
 
@@ -103,7 +103,8 @@ def _time(evaluated: Evaluated, challenger_as_of: datetime, champion_as_of: date
 
 def _limits(challenger: Evaluation, rules: GateRules) -> Iterator[Finding]:
     """Every metric with a floor or a ceiling is there, the primary one first, and on the right side of it."""
-    for rule in (rules.primary, *rules.limits):
+    every: tuple[PrimaryRule | LimitRule, ...] = (rules.primary, *rules.limits)
+    for rule in every:
         figure = _figure(challenger, rule.metric)
         if figure is None:
             why = f": {challenger.withheld}" if challenger.withheld else ""
@@ -304,7 +305,10 @@ def _tested(evaluated: Evaluated, rule: SliceRule, of: SliceEstimate) -> Finding
 
 def _rest(evaluated: Evaluated, rules: GateRules, rule: SliceRule, worse: Iterable[str | None]) -> Iterator[Finding]:
     """One finding for each kind of group that does not reject: within the margin, unclear, not judged."""
-    within, unclear, small, undefined = [], [], [], []
+    within: list[str] = []
+    unclear: list[str] = []
+    small: list[tuple[str, int]] = []
+    undefined: list[tuple[str, int]] = []
     for each in _groups(evaluated, rule):
         difference = _difference(evaluated, rule.metric, rule.by, each.group)
         if each.estimate is None:

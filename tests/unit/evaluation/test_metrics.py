@@ -231,7 +231,7 @@ def test_precision_at_a_recall_is_a_metric_of_binary_targets_only():
     """It has a direction as others have; a recall that cannot be, or another target, is refused."""
     assert direction("precision_at_recall_0.95") == 1
     rows = Rows.of("regression", np.arange(3.0), np.arange(3.0), np.zeros(3, int))
-    with pytest.raises(EvaluationError, match="'precision_at_recall_0.8' is not a metric of a regression target"):
+    with pytest.raises(EvaluationError, match=r"'precision_at_recall_0\.8' is not a metric of a regression target"):
         figures(rows, "precision_at_recall_0.8", np.ones((1, 1)))
     with pytest.raises(EvaluationError, match=r"'precision_at_recall_1\.5' is not a metric"):
         direction("precision_at_recall_1.5")
