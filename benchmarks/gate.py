@@ -52,7 +52,7 @@ A_DAY = 300
 SLICES = 20
 KNOWS = 0.1
 """What both models take from the hidden half, of the 0.5 that is in it: either could be better."""
-PLANTED = 0.6
+PLANTED = 1.3
 """The challenger's `loss` in the slice with the regression."""
 RULES = {
     "superior": PrimaryRule(metric="roc_auc", test="superior", margin=MARGIN),
@@ -138,9 +138,9 @@ def slice_trials(pairs: int, days: int, *, planted: bool, seed: int = 20240402) 
     rules = GateRules(primary=lax, slices=(SliceRule(by="group", metric="roc_auc", margin=margin, min_rows=100),))
     rejected, alone, lost = 0, 0, []
     for _ in range(pairs):
-        group = np.array([f"{place:02}" for place in range(SLICES)])[rng.integers(0, SLICES, days * 2 * A_DAY)]
+        group = np.array([f"{place:02}" for place in range(SLICES)])[rng.integers(0, SLICES, days * 4 * A_DAY)]
         loss = np.where(group == "00", PLANTED, 0.0) if planted else 0.0
-        truth, challenger, champion, day = pair(rng, days, loss, a_day=2 * A_DAY)
+        truth, challenger, champion, day = pair(rng, days, loss, a_day=4 * A_DAY)
         found = slices.differences(
             rules, "binary", truth, challenger, champion, clusters=day, columns={"group": group}, confidence=0.95
         )
