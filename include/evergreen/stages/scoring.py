@@ -33,6 +33,7 @@ from evergreen.settings import Settings
 from evergreen.work import manifest_of
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars as pl
 
 
