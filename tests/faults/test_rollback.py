@@ -14,6 +14,7 @@ from evergreen import work
 from evergreen.errors import RegistryError
 from evergreen.loop import rollback
 from evergreen.registry import ledger
+from evergreen.stages.judging import rejudge
 
 NAME = "tide"
 NEXT = datetime(2024, 1, 14, tzinfo=UTC)
@@ -71,6 +72,7 @@ def test_what_was_rolled_back_is_not_promoted_again_by_the_gate(forth):
     assert "rolled back from" in promoted.verdict.reasons[0]
     assert "by ada: it drowns" in promoted.verdict.reasons[0]
     assert forth.champion.version == 1
+    assert rejudge(forth.settings, forth.events("verdict", "second again")[-1]).wrong == ()
 
 
 @pytest.mark.fault

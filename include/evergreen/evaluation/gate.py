@@ -55,7 +55,8 @@ def decide(
 ) -> Verdict:
     """The verdict on the challenger; its first reason is the headline.
 
-    `champion_as_of` is None when there is no champion. `rolled_back` says why a person took this very model back. The gravest finding wins: reject, then review, then promote.
+    `champion_as_of` is None when there is no champion. `rolled_back` says why a person took this very model back. The
+    gravest finding wins: reject, then review, then promote.
     """
     findings = [
         *_rolled_back(rolled_back),

@@ -15,6 +15,7 @@ from evergreen.registry.approval import CHALLENGER, Answer
 from evergreen.registry.models import Registry
 from evergreen.run import Run
 from evergreen.settings import Settings
+from evergreen.work import checkpoint
 
 __all__ = ["CHALLENGER", "Answer", "answer", "asking", "overtaken", "page_of", "question"]
 
@@ -70,6 +71,8 @@ def answer(settings: Settings, pack: str, run_id: str, said: Answer | None, *, h
     registry.describe(pack, version, description(reports.of_version(settings, pack, version, run.pack.description)))
     text = f"version {version} {approval.said(ended)}"
     moved = database.latest(pack, kind=promotion.KIND, run_id=run_id)
+    if moved is not None and moved.body["status"] == "done":
+        checkpoint(settings, moved)
     if moved is not None and moved.body["status"] == "void":
         text += f"; it was not promoted: {moved.body['why']}"
     note(run, "approval", "done", text)

@@ -104,7 +104,7 @@ def overtaken(database: Database, pack: str, run_id: str) -> str | None:
     last = state(database, pack, run_id)
     if last.body["status"] != "asked":
         return said(last)
-    moved = database.latest(pack, kind=promotion.KIND)
+    moved = database.latest(pack, kind=promotion.MOVES)
     champion = moved.body["champion"] if moved else None
     if moved is None or champion in (last.body["judged_against"], last.body["version"]):
         return None

@@ -41,8 +41,8 @@ def promote(
 ) -> int | None:
     """Write the verdict on `version` and, if it is to promote, move the champion alias; return the champion after it.
 
-    `holder` takes the lease, the run itself where it is None. Nothing moves, and a `void` event says why, when the champion is no longer `judged_against`. Again after any kill,
-    it ends as an undisturbed call would. Raises RegistryError, DatabaseError, LeaseHeldError.
+    `holder` takes the lease, the run itself where it is None. Nothing moves, and a `void` event says why, when the
+    champion is no longer `judged_against`. Again after any kill, it ends as an undisturbed call would. Raises RegistryError, DatabaseError, LeaseHeldError.
     """
     pack = run.pack.name
     with database.lease(f"promotion:{pack}", holder or run.id, wait_s=WAIT_S):

@@ -74,6 +74,7 @@ def rejudge(settings: Settings, event: Event) -> Rejudged:
         rules,
         challenger_as_of=datetime.fromisoformat(saw["challenger_as_of"]),
         champion_as_of=datetime.fromisoformat(saw["champion_as_of"]) if saw["champion_as_of"] else None,
+        rolled_back=saw.get("rolled_back"),
     )
     written = Verdict.model_validate(event.body["verdict"])
     if verdict != written:

@@ -140,6 +140,18 @@ def test_a_promotion_meanwhile_ends_the_question(door):
     assert (door.aliases(), door.overtaken(1)) == ({"champion": 2}, "superseded: version 2 was promoted meanwhile")
 
 
+def test_a_rollback_meanwhile_ends_the_question(door):
+    """What a version was judged against was rolled back: its champion is no more, and a yes moves nothing."""
+    door.promote(1, None)
+    door.promote(2, 1)
+    door.ask(3, 2)
+    asked = {"to": 1, "why": "worse", "by": "ada"}
+    promotion.roll_back(door.database, door.registry, door.model, version=1, leave=2, asked=asked)
+    assert door.overtaken(3) == "the champion is version 1 now; the verdict was against version 2"
+    door.answer(3, YES)
+    assert door.aliases()["champion"] == 1
+
+
 def test_a_yes_against_an_old_champion_moves_nothing(door):
     """By compare-and-swap: the answer is kept, the promotion is void and says why; once, however often it is tried."""
     door.ask(1)
