@@ -171,7 +171,7 @@ def _metrics(evaluated: Mapping[str, Any]) -> dict[str, dict[str, float | None]]
     for name in sorted(figures, key=lambda name: (name != evaluated.get("primary"), name)):
         difference = differences.get(name, nothing)
         rows[name] = {
-            **figures[name],
+            **{part: figures[name][part] for part in nothing},
             "champion": champion.get(name, nothing)["value"],
             "difference": difference["value"],
             "difference_low": difference["low"],

@@ -17,7 +17,7 @@ EVERGREEN = str(Path(sys.executable).with_name("evergreen"))
 DAGS = sorted(
     [
         "evergreen__admission",
-        *(f"{pack}__{what}" for pack in ("apple", "pear", "plum") for what in ("train", "approval")),
+        *(f"{pack}__{what}" for pack in ("apple", "pear", "plum") for what in ("train", "approval", "rollback")),
     ]
 )
 

@@ -334,7 +334,8 @@ def test_the_keys_of_a_run_are_stable(house):
         ("docs gauge", "pack page"),
         (
             "packs",
-            "pack description owner schedule error last_run " + " ".join(f"last_run.{name}" for name in ROW.split()),
+            "pack description owner schedule error last_look last_run "
+            + " ".join(f"last_run.{name}" for name in ROW.split()),
         ),
         ("down", "stopped"),
         ("sender ci --signing", "sender kind secret"),

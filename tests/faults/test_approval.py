@@ -1,5 +1,6 @@
 """A version waits for a person beyond its run: until the terminal answers, or another version overtakes it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from evergreen.errors import RegistryError
 from evergreen.history import history_of
 
 
-@pytest.fixture(scope="module")
-def asking(tmp_path_factory: pytest.TempPathFactory) -> Home:
+@pytest.fixture
+def asking(tmp_path: Path) -> Home:
     """A home whose pack wants approval, with a version that waits."""
-    home = Home.make(tmp_path_factory.mktemp("asking"))
+    home = Home.make(tmp_path)
     home.write(gate={"promotion": "approval"})
     home.perform("first")
     return home

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import evergreen
-from evergreen.run import Estimate, Evaluated, Hardware, Run, Snapshot, Trained, Validated, Value, Verdict, Windows
+from evergreen.run import Evaluated, Hardware, Run, Snapshot, Trained, Validated, Value, Verdict, Windows
 from evergreen.settings import Settings
 
 
@@ -62,6 +62,14 @@ class Training(Value):
     duration_s: float
 
 
+class Figure(Value):
+    """A metric and its interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
 class Lineage(Value):
     """All that made a version."""
 
@@ -80,7 +88,7 @@ class Lineage(Value):
     environment: Environment
     hardware: Hardware
     training: Training
-    metrics: dict[str, Estimate]
+    metrics: dict[str, Figure]
     """On the hold-out rows."""
     verdict: Verdict | None
     """None until the gate has spoken."""
@@ -113,7 +121,10 @@ def lineage(
         environment=environment,
         hardware=trained.hardware,
         training=Training(params=trained.params, seed=trained.seed, duration_s=trained.duration_s),
-        metrics=evaluated.challenger.metrics,
+        metrics={
+            name: Figure(**estimate.model_dump(include=set(Figure.model_fields)))
+            for name, estimate in evaluated.challenger.metrics.items()
+        },
         verdict=verdict,
     )
 
