@@ -17,9 +17,9 @@ from evergreen.database import Database
 from evergreen.pack import Data, Pack
 from evergreen.registry import lineage as parts
 from evergreen.registry import promotion
-from evergreen.registry.lineage import Code, Environment, Lineage, Training, Validation
+from evergreen.registry.lineage import Code, Environment, Figure, Lineage, Training, Validation
 from evergreen.registry.models import Registry
-from evergreen.run import Estimate, Hardware, Run, Verdict, Windows
+from evergreen.run import Hardware, Run, Verdict, Windows
 from evergreen.settings import Settings
 
 PROMOTE = Verdict(decision="promote", reasons=("better",))
@@ -97,7 +97,7 @@ def made_of(name: str, **changes: object) -> Lineage:
         "environment": Environment(python="3.11.7", lock_hash="c" * 64, image=None),
         "hardware": Hardware(device="cpu", name="a processor"),
         "training": Training(params={"epochs": 5, "layers": [64, 32]}, seed=7, duration_s=1.5),
-        "metrics": {"roc_auc": Estimate(value=0.69, low=0.67, high=0.71)},
+        "metrics": {"roc_auc": Figure(value=0.69, low=0.67, high=0.71)},
         "verdict": None,
     }
     return Lineage(**(values | changes))
