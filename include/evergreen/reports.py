@@ -13,7 +13,7 @@ from evergreen.data.store import Store
 from evergreen.database import Database, Event
 from evergreen.errors import EvergreenError, RegistryError
 from evergreen.evaluation.report import Data, Look, Report
-from evergreen.history import value_of
+from evergreen.history import last_look, value_of
 from evergreen.registry import approval
 from evergreen.registry.models import Registry
 from evergreen.run import Evaluated, Ref, Verdict, count
@@ -110,12 +110,11 @@ def _partitions(settings: Settings, database: Database, name: str, run_id: str) 
 
 
 def _look(database: Database, name: str) -> Look | None:
-    newest = database.latest(name, kind="drift")
-    if newest is None:
+    newest = last_look(database, name)
+    if newest is None or newest["as_of"] is None:
         return None
-    value = newest.body["value"]
-    as_of = datetime.fromisoformat(value["as_of"])
-    return Look(as_of=as_of, kind=value["kind"] or "nothing could be compared", reasons=tuple(value["reasons"]))
+    as_of = datetime.fromisoformat(newest["as_of"])
+    return Look(as_of=as_of, kind=newest["kind"] or "nothing could be compared", reasons=tuple(newest["reasons"]))
 
 
 def _gist(lineage: dict[str, Any]) -> dict[str, str]:
