@@ -58,8 +58,9 @@ def draw(
 
 
 def draw_importance(importance: Sequence[Importance], metric: str, folder: Path) -> Path:
-    """`importance.png` in `folder`: each column's loss with its interval; of many columns the greatest."""
-    shown = importance[:LABELLED]
+    """`importance.png` in `folder`: each column's loss with its interval; of many columns the furthest from nought."""
+    told = {each.column for each in sorted(importance, key=lambda each: -abs(each.loss.value))[:LABELLED]}
+    shown = [each for each in importance if each.column in told]
     figure, (axes,) = _panels(1, width=5.2)
     for place, each in enumerate(shown):
         colour = COLOURS[0] if each.loss.value > 0 else COLOURS[1]
@@ -69,7 +70,7 @@ def draw_importance(importance: Sequence[Importance], metric: str, folder: Path)
     axes.axvline(0, color=FAINT, linewidth=1)
     axes.set_yticks(range(len(shown)), [each.column for each in shown], fontsize=9)
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    rest = f", the first {len(shown)} of {len(importance)}" if len(importance) > len(shown) else ""
+    rest = f", {len(shown)} of {len(importance)} columns" if len(importance) > len(shown) else ""
     _words(axes, f"What it leans on{rest}", f"loss of {metric} when the column is shuffled, with its interval", "")
     return _save(figure, folder / "importance.png")
 
