@@ -204,6 +204,7 @@ def held(found, steps):
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_a_killed_answer_ends_as_an_undisturbed_one(run_approvals, tmp_path):
     """SIGKILL after the answer was written down, and after the alias was moved; then the retry."""
     steps = ["promote 1", "promote 3"]

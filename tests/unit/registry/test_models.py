@@ -282,6 +282,7 @@ def test_server_holds_a_version_like_a_database(server, given, folder, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_killed_registration_ends_with_one_version(trials):
     """Killed after the upload, the version or the end, then tried again: one complete version, no leftovers."""
     whole = {

@@ -196,18 +196,21 @@ KILLS = [
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_killed_promotion_ends_as_an_undisturbed_one(trials):
     """SIGKILL after the intent, the alias, the verdict or the end, then a retry: alias and events agree."""
     assert trials["promote"] == [{**kill, "others": []} for kill in KILLS]
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_whoever_comes_next_finishes_what_a_killed_promotion_left(trials):
     """Another run's promotion first finishes the dead one's intent, then is void: its champion is no more."""
     assert trials["next"] == [{**kill, "others": ["void"]} for kill in KILLS[:2]]
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_two_promotions_at_once_make_one_champion(trials):
     """Of two processes judged against the same champion one is done and one void, twenty times in twenty."""
     race = trials["race"]
@@ -221,18 +224,21 @@ BACK = [
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_killed_rollback_ends_as_an_undisturbed_one(trials):
     """SIGKILL after the intent, the alias, the tag or the end, then asked again: it went back once, and all agree."""
     assert trials["rollback"] == [{**kill, "others": []} for kill in BACK]
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_whoever_comes_next_finishes_what_a_killed_rollback_left(trials):
     """A promotion first finishes the dead rollback, then is void: its champion is no more."""
     assert trials["overtaken"] == [{**kill, "others": ["void"]} for kill in BACK[:2]]
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_a_promotion_and_a_rollback_at_once_make_one_champion(trials):
     """Of the two, from the same champion, one is done and one void, twenty times in twenty; the ledger verifies."""
     race = trials["back"]
