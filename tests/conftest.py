@@ -14,6 +14,7 @@ AIRFLOWS = {
     for file in ("e2e/test_scheduler", "e2e/test_webhook", "faults/test_storm", "dags/test_processor")
 }
 """The files whose tests bring up an Airflow of their own."""
+LONG = ("tests/e2e/", "tests/faults/")
 
 
 class OneAirflowAtATime(LoadFileScheduling):
@@ -26,8 +27,8 @@ class OneAirflowAtATime(LoadFileScheduling):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest lot begins first, or one process would wait for it at the end."""
-    items.sort(key=lambda item: item.nodeid.split("::")[0] not in AIRFLOWS)
+    """The longest lots begin first, or one process would wait for them at the end."""
+    items.sort(key=lambda item: (item.nodeid.split("::")[0] not in AIRFLOWS, not item.nodeid.startswith(LONG)))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneAirflowAtATime:
