@@ -190,7 +190,7 @@ def test_the_page_leads_to_the_report_with_plots(story):
     """With what was answered since, and the plots in it."""
     assert "With plots" in story["text"]
     assert "not on a Friday" in story["report"]
-    assert story["plots"] == 3
+    assert story["plots"] == 4
 
 
 def test_a_person_rejects(story):

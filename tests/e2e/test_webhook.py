@@ -1,8 +1,11 @@
 """The webhook where it lives: on Airflow's real API server, which asks for a token everywhere else."""
 
+import contextlib
 import json
 import socket
+import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -135,3 +138,26 @@ def test_bodies_are_bounded_behind_airflows_own_layers(server):
         assert large.recv(100).startswith(b"HTTP/1.1 413")
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
         assert 9 < time.monotonic() - began < 30
+
+
+def test_the_server_answers_while_somebodys_action_waits_for_sqlite(server, token):
+    """Airflow logs actions on its event loop; here a pause waits for the database's writer, and the rest goes on."""
+    pause = f"{server.url}/api/v2/dags/evergreen__admission"
+    headers = {"authorization": f"Bearer {token}"}
+    with (
+        contextlib.closing(
+            sqlite3.connect(server.settings.home / "airflow" / "airflow.db", isolation_level=None)
+        ) as db_,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        db_.execute("BEGIN IMMEDIATE")
+        asked = beside.submit(
+            httpx.patch, pause, json={"is_paused": False}, headers=headers, timeout=60, trust_env=False
+        )
+        try:
+            answers = [httpx.get(f"{server.url}/api/v2/version", timeout=20, trust_env=False) for _ in range(50)]
+            assert not asked.done()
+        finally:
+            db_.execute("ROLLBACK")
+        assert {answer.status_code for answer in answers} == {200}
+        assert asked.result().status_code in (200, 404)  # nobody parses DAGs here

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import inspect
+from typing import Any
+
 from airflow.api_fastapi.core_api.security import get_user
-from fastapi import Depends, FastAPI, HTTPException, Response
+from airflow.sdk.configuration import conf
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
 from evergreen.errors import EvergreenError, PackError, RegistryError
 from evergreen.keys import WATCH
@@ -13,6 +20,8 @@ from evergreen.triggers.webhook import UNAUTHENTICATED, make_app
 
 def web_app() -> FastAPI:
     """The app to mount. What a plugin mounts, Airflow leaves open to everybody: each route says who may use it."""
+    if conf.get("database", "sql_alchemy_conn").startswith("sqlite"):
+        _log_actions_beside_the_loop()
     settings = Settings.from_env()
     app = make_app(settings, get_user)
 
@@ -47,3 +56,28 @@ def web_app() -> FastAPI:
         return Response(page, media_type="text/html; charset=utf-8")
 
     return app
+
+
+def _log_actions_beside_the_loop() -> None:
+    """Let Airflow's API server write what people do into its log from a thread.
+
+    Airflow 3.3 commits it on the event loop, and waits there for SQLite's one writer. That is often another request of
+    the same server, a task that begins, whose own commit needs the loop: both wait until SQLite gives up, and with them
+    whatever the server is asked. Airflow's routes are made after its plugins, and take the function as it is then.
+    """
+    from airflow.api_fastapi.logging import decorators
+
+    made = decorators.action_logging
+
+    def action_logging(*arguments: Any, **named: Any) -> Any:
+        log_action = made(*arguments, **named)
+
+        @functools.wraps(log_action)
+        async def beside(request: Request, session: Any, user: Any) -> None:
+            await request.body()  # the request keeps it: in the thread nothing of this loop is waited for
+            await run_in_threadpool(lambda: asyncio.run(log_action(request, session, user)))
+
+        vars(beside)["__signature__"] = inspect.signature(log_action, eval_str=True)
+        return beside
+
+    decorators.action_logging = action_logging

@@ -3,7 +3,6 @@
 import itertools
 import random
 import re
-import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -847,11 +846,10 @@ def test_the_order_of_different_alerts_of_one_instant_does_not_change_how_many_r
 
 
 @pytest.mark.parametrize("fingerprints", [1, 10_000])
-def test_ten_thousand_alerts_are_decided_in_two_seconds_of_processor_time(fingerprints):
+def test_ten_thousand_alerts_are_one_run(fingerprints):
+    """Alike or not; `benchmarks/admission.py` says how long it takes."""
     world = World(AdmissionPolicy(budget=Budget(runs=4, device_hours=10)))
     for number in range(10_000):
         world.alert(str(number % fingerprints))
-    began = time.process_time()
     outcomes = [decision.outcome for decision in world.drain(dies=True).values()]
-    assert time.process_time() - began < 2
     assert outcomes.count("retrain") == 1

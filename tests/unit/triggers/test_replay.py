@@ -1,7 +1,6 @@
 """The inbox replayed: history comes out again, and another policy says what it would have done."""
 
 import random
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -422,16 +421,15 @@ def test_a_decision_that_was_made_otherwise_is_reported_against_the_policy_in_fo
     assert course.would[-1].decision.reason == "no run answers it yet, and no rule holds it back"
 
 
-def test_three_thousand_alerts_are_replayed_in_three_seconds_of_processor_time():
+def test_three_thousand_alerts_are_replayed_exactly():
+    """And under a brake, they are one run."""
     world = World(AdmissionPolicy())
     for number in range(3000):
         world.alert(str(number))
     world.drain()
     world.confirm()
-    began = time.process_time()
     assert differences(simulate(world.events)) == []
     assert simulate(world.events, AdmissionPolicy(brake=9)).would.runs == 1
-    assert time.process_time() - began < 3
 
 
 @pytest.mark.prove
