@@ -17,6 +17,7 @@ from evergreen.run import slug_of
 from evergreen.settings import Settings
 
 pytestmark = [
+    pytest.mark.fault,  # two minutes of a browser: too long for make test
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
