@@ -134,7 +134,8 @@ def verify(database: Database, pack: str, checkpoints: Iterable[Checkpoint]) -> 
     if database.first_bad(pack) == bad:
         what = f"event {bad} is not what was written, is out of its place, or is not there"
     elif bad > events:
-        what = f"event {bad}, and whatever came after it up to {newest} at least, was cut off"
+        lost = f"event {bad} was" if newest == bad else f"events {bad} to {newest} were"
+        what = f"{lost} cut off, with whatever came after"
     else:
         what = f"the chain was made anew: event {good + 1}, or one after it up to {bad}, is not what was written"
     return Verified(**known, holds=False, uncovered=0, what=what)
