@@ -55,7 +55,7 @@ check: $(VENV)/.ready  ## hold a pack to the laws: make check PACK=digits
 	@$(BIN)/evergreen check $(PACK)
 
 test: lint  ## lint, then the tests; of the fault tests a sample
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not fault and not prove and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not fault and not prove and not gpu" $(ARGS)
 
 faults: $(VENV)/.ready-dev  ## the tests that are too long for make test: faults, and a person at a browser
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "fault and not prove" $(ARGS)
