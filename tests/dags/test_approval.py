@@ -1,8 +1,10 @@
 """The approval DAG as Airflow gets it: one for each pack, whose question holds no slot and whose end is always told."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+from airflow.sdk.exceptions import AirflowSkipException, DagRunTriggerException
 from tests.dags.test_dags import PROJECT, change, parse
 
 APPROVAL = PROJECT / "dags" / "approval.py"
@@ -42,10 +44,42 @@ def test_nothing_of_a_report_is_a_template(packs):
     assert tuple(parse(APPROVAL).dags["apple__approval"].get_task("ask").template_fields) == ()
 
 
+class Finished:
+    """A training run as its last task meets it: whether the version waits for a person."""
+
+    def __init__(self, waits):
+        self.waits = waits
+
+    def xcom_pull(self, task_ids):
+        return {"promote": {"waits": self.waits, "version": 4}}[task_ids]
+
+
+def started(task, waits, run_id="manual__2013-04-01"):
+    return task.execute({"ti": Finished(waits), "dag_run": SimpleNamespace(run_id=run_id)})
+
+
 def test_the_training_dag_starts_one_run_by_a_derived_id(packs):
     """Asked for twice it is one run, of the pack's own approval DAG, on no date of its own."""
     task = parse().dags["apple__train"].get_task("approval")
-    assert (task.trigger_dag_id, task.skip_when_already_exists, task.logical_date) == ("apple__approval", True, None)
+    asked = []
+    for _ in range(2):
+        with pytest.raises(DagRunTriggerException) as asks:
+            started(task, waits=True)
+        asked.append(asks.value.dag_run_id)
+    assert (asks.value.trigger_dag_id, asks.value.skip_when_already_exists) == ("apple__approval", True)
+    assert (asks.value.logical_date, asks.value.conf) == (None, {"run": "manual__2013-04-01"})
+    assert len(set(asked)) == 1
+    with pytest.raises(DagRunTriggerException) as other:
+        started(task, waits=True, run_id="manual__2013-05-01")
+    assert other.value.dag_run_id not in asked
+
+
+def test_the_training_dag_asks_nobody_where_the_gate_has_decided(packs):
+    """The task is skipped, and links to no question."""
+    task = parse().dags["apple__train"].get_task("approval")
+    with pytest.raises(AirflowSkipException):
+        started(task, waits=False)
+    assert task.operator_extra_links[0].get_link(task, ti_key=None) == ""
 
 
 def test_a_run_in_process_has_nobody_to_ask(packs):

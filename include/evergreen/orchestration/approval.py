@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
+from urllib.parse import quote
 
 from airflow.providers.standard.operators.hitl import HITLOperator
-from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
-from airflow.sdk import Param, get_current_context, task
-from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException, TaskAwaitingInput
+from airflow.sdk import BaseOperator, BaseOperatorLink, Param, get_current_context, task
+from airflow.sdk.exceptions import (
+    AirflowFailException,
+    AirflowSkipException,
+    DagRunTriggerException,
+    TaskAwaitingInput,
+)
 
 from evergreen.orchestration.tasks import within_airflow
 from evergreen.orchestration.watchers import AnswerBell
@@ -118,28 +123,58 @@ class Ask(HITLOperator):
         }
 
 
-class StartApproval(TriggerDagRunOperator):
-    """Asks for the run of `<pack>__approval`, where the version waits; its id is the training run's, so it is one run."""
+class QuestionLink(BaseOperatorLink):
+    """From the training to the run that asks."""
 
-    template_fields = ()
+    name = "The question"
+
+    def get_link(self, operator: Any, *, ti_key: Any) -> str:  # noqa: ARG002 -- Airflow calls it by these names
+        """Where it is on this Airflow; nothing where nobody is asked."""
+        if operator.asks is None:
+            return ""
+        return within_airflow(f"/dags/{operator.asked}/runs/{quote(operator.asks, safe='')}")
+
+
+class StartApproval(BaseOperator):
+    """Asks for the run of `<pack>__approval`, where the version waits; its id is the training run's, so it is one run.
+
+    It raises what TriggerDagRunOperator raises, whose module imports Airflow's database models: every parse of the
+    training DAGs would pay a third of a second for them.
+    """
+
+    operator_extra_links = (QuestionLink(),)
+
+    def __init__(self, *, asked: str, **more: Any) -> None:
+        super().__init__(**more)
+        self.asked = asked
+        self.asks: str | None = None
 
     def execute(self, context: Any) -> None:
         promoted = context["ti"].xcom_pull(task_ids="promote")
         if not promoted["waits"]:
             raise AirflowSkipException("nobody needs to be asked")
         run_id = context["dag_run"].run_id
-        self.trigger_run_id = f"version_{promoted['version']}__{slug_of(run_id)}"
-        self.conf = {"run": run_id}
-        super().execute(context)
+        self.asks = f"version_{promoted['version']}__{slug_of(run_id)}"
+        raise DagRunTriggerException(
+            trigger_dag_id=self.asked,
+            dag_run_id=self.asks,
+            conf={"run": run_id},
+            logical_date=None,
+            reset_dag_run=False,
+            skip_when_already_exists=True,
+            wait_for_completion=False,
+            allowed_states=["success"],
+            failed_states=["failed"],
+            poke_interval=60,
+            deferrable=False,
+        )
 
 
 def start_task(pack: Pack) -> StartApproval:
     """The last task of `<pack>__train`."""
     return StartApproval(
         task_id="approval",
-        trigger_dag_id=f"{pack.name}__approval",
-        logical_date=None,
-        skip_when_already_exists=True,
+        asked=f"{pack.name}__approval",
         doc_md="Where the verdict is for a person to give: start the run that asks.",
         **RETRY,
     )
