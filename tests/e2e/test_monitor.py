@@ -92,6 +92,8 @@ def test_the_terminal_shows_a_look(settings):
     found = json.loads(evergreen(settings, "drift", NAME, "--as-of", "2013-04-08", "--json"))
     assert found["kind"] == "quiet"
     assert {each["name"] for each in found["measured"]["windows"][-1]["columns"]} >= {"late", "prediction", "carrier"}
+    scored = {each["name"]: each["psi"] for each in found["measured"]["windows"][-1]["columns"]}
+    assert {name: round(psi, 4) for name, psi in scored.items() if psi is not None} == found["scores"]
     assert Path(found["file"]).read_bytes().startswith(b"<!doctype html>")
     shown = evergreen(settings, "drift", NAME, "--as-of", "2013-04-08")
     assert "quiet: " in shown

@@ -76,6 +76,8 @@ class Watched(Value):
     """The oldest first."""
     columns: tuple[str, ...] = ()
     """What the newest window violates, by column; of the model as a whole, `performance`."""
+    scores: dict[str, float] = Field(default_factory=dict)
+    """PSI of the newest window, by column, where it has one."""
     report: Ref | None = None
     """JSON: everything that was measured."""
     page: Ref | None = None
@@ -303,6 +305,7 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
             evidence=found.evidence,
             windows=tuple(windows),
             columns=tuple(sorted({each.column or each.kind for each in history[-1].violated})),
+            scores={each.name: round(each.psi, 4) for each in history[-1].columns if each.psi is not None},
             **_report(run, store, registry, known, rules, found, history, watcher.profile(windows[-1])),
         )
 

@@ -1,4 +1,4 @@
-"""What Prometheus sees of admission and the monitor, counted from the events: no restart forgets anything or counts it twice."""
+"""What Prometheus sees of the loop, counted from the events: no restart forgets anything or counts it twice."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from evergreen import database as db
 from evergreen.database import COLUMNS, HOME, Database, Event, event_of, events
 from evergreen.errors import PackError
+from evergreen.keys import WATCH
 from evergreen.pack import AdmissionPolicy, Pack, find
 from evergreen.settings import Settings
 from evergreen.triggers.admission import Past
 
-KINDS = ("alert", "intent", "decision", "drift")
+KINDS = ("alert", "intent", "decision", "drift", "run", "failure", "promotion", "rollback")
+STAGES = ("train", "promote")
 
 AT_ONCE = 10_000
 """How many events are read at a time."""
@@ -40,7 +42,7 @@ def exposition(settings: Settings) -> bytes:
 def registry(settings: Settings) -> CollectorRegistry:
     """The one registry of this process for these settings: it goes on counting where the last scrape ended."""
     found = CollectorRegistry()
-    found.register(Admission(settings))
+    found.register(Loop(settings))
     return found
 
 
@@ -63,17 +65,55 @@ class Count:
     """Of the monitor, by what each said."""
     spending: Past = field(default_factory=Past)
     """Of the past only what a budget counts: the runs that alerts started, and training."""
+    runs: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    """Stages that failed, by name; one that is tried again may fail again."""
+    failing: dict[str, bool] = field(default_factory=lambda: {"training": False, "monitor": False})
+    """Whether each failed since it last came to its end."""
+    verdicts: Counter[str] = field(default_factory=Counter)
+    trainings: Counter[str] = field(default_factory=Counter)
+    """By device."""
+    trained_s: Counter[str] = field(default_factory=Counter)
+    samples_per_s: float | None = None
+    """Of the newest training, where its trainer says so."""
+    champion: int | None = None
+    champion_since: datetime | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    """PSI by column in the newest window that the monitor compared."""
 
     def add(self, event: Event) -> None:
         """Count one more event: the next of its pack."""
         self.position = event.position
-        if event.kind == "stage":  # of training
-            self.trained_at = event.at
-            self.spending.add(event)
-            return
-        if event.kind == "drift":
-            self.looks[event.body["value"]["kind"] or "not compared"] += 1
-            return
+        if event.kind in ("alert", "intent", "decision"):
+            self._add_alert(event)
+        elif event.kind == "run":
+            self.runs += 1
+        elif event.kind == "failure":
+            self.failures[event.body["stage"]] += 1
+            self.failing["monitor" if str(event.run_id).startswith(WATCH) else "training"] = True
+        elif event.kind == "drift":
+            self.failing["monitor"] = False
+            value = event.body["value"]
+            self.looks[value["kind"] or "not compared"] += 1
+            self.scores = value.get("scores") or self.scores  # a look of an older Evergreen kept none
+        elif event.kind in ("promotion", "rollback"):
+            if event.body["status"] in ("done", "foreign"):
+                self.champion, self.champion_since = event.body["champion"], event.at
+        elif event.body["stage"] == "promote":
+            self.failing["training"] = False
+            self.verdicts[event.body["value"]["verdict"]["decision"]] += 1
+        else:
+            self._add_training(event)
+
+    def _add_training(self, event: Event) -> None:
+        value = event.body["value"]
+        self.trained_at = event.at
+        self.trainings[value["hardware"]["device"]] += 1
+        self.trained_s[value["hardware"]["device"]] += value["duration_s"]
+        self.samples_per_s = value["metrics"].get("samples_per_s")
+        self.spending.add(event)
+
+    def _add_alert(self, event: Event) -> None:
         alert = str(event.key)
         if event.kind == "alert":
             self.undecided[alert] = event.body["sender"]
@@ -89,7 +129,7 @@ class Count:
             self.decided[self.undecided.pop(alert), event.body["outcome"]] += 1
 
 
-class Admission:
+class Loop:
     """Collects the metrics. Each scrape reads the events that came since the last one, pack by pack."""
 
     def __init__(self, settings: Settings) -> None:
@@ -101,14 +141,16 @@ class Admission:
         """All families, each with a sample for every pack that has something to say of it."""
         with self.lock:
             self._read()
-            yield from self._families(datetime.now(UTC))
+            now = datetime.now(UTC)
+            yield from self._of_admission(now)
+            yield from self._of_the_chain(now)
 
     def _read(self) -> None:
         database = db.connect(self.settings.database_url)
         for pack in {folder.name for folder in find(self.settings.packs)}.union(_packs_of(database)):
             count = self.counts.setdefault(pack, Count())
             # By position, which has no gaps: ids of rows may become visible out of their order.
-            counted = events.c.kind.in_(KINDS) | ((events.c.kind == "stage") & (events.c.stage == "train"))
+            counted = events.c.kind.in_(KINDS) | ((events.c.kind == "stage") & events.c.stage.in_(STAGES))
             query = sa.select(*COLUMNS).where(events.c.pack == pack, counted)
             while True:
                 newer = query.where(events.c.position > count.position).order_by(events.c.position).limit(AT_ONCE)
@@ -119,7 +161,7 @@ class Admission:
                 if len(rows) < AT_ONCE:
                     break
 
-    def _families(self, now: datetime) -> Iterator[Metric]:
+    def _of_admission(self, now: datetime) -> Iterator[Metric]:
         alerts = CounterMetricFamily(
             "evergreen_alerts", "Alerts with a final decision, by what it was.", labels=("pack", "sender", "decision")
         )
@@ -142,14 +184,9 @@ class Admission:
             "Device-hours of training left before alerts start no more runs, by the pack's budget.",
             labels=("pack",),
         )
-        looks = CounterMetricFamily(
-            "evergreen_looks", "Looks of the monitor, by the kind of change they showed.", labels=("pack", "kind")
-        )
         for pack, count in sorted(self.counts.items()):
             for (sender, outcome), number in sorted(count.decided.items()):
                 alerts.add_metric((pack, sender, outcome), number)
-            for kind, number in sorted(count.looks.items()):
-                looks.add_metric((pack, kind), number)
             bounds = (*(str(float(bound)) for bound in LATENCY_S), "+Inf")
             heights = [sum(count.latencies[: index + 1]) for index in range(len(bounds))]
             latency.add_metric((pack,), list(zip(bounds, heights, strict=True)), count.waited_s)
@@ -163,7 +200,61 @@ class Admission:
                     runs.add_metric((pack,), max(policy.budget.runs - spent.runs, 0))
                 if policy.budget.device_hours is not None:
                     hours.add_metric((pack,), max(policy.budget.device_hours - spent.hours, 0.0))
-        yield from (alerts, latency, undecided, age, runs, hours, looks)
+        yield from (alerts, latency, undecided, age, runs, hours)
+
+    def _of_the_chain(self, now: datetime) -> Iterator[Metric]:
+        looks = CounterMetricFamily(
+            "evergreen_looks", "Looks of the monitor, by the kind of change they showed.", labels=("pack", "kind")
+        )
+        begun = CounterMetricFamily("evergreen_runs", "Runs of the chain that began.", labels=("pack",))
+        failures = CounterMetricFamily(
+            "evergreen_stage_failures", "Stages that failed, each try counted.", labels=("pack", "stage")
+        )
+        failing = GaugeMetricFamily(
+            "evergreen_failing", "1 from a failure until a run, or a look, comes to its end.", labels=("pack", "what")
+        )
+        verdicts = CounterMetricFamily(
+            "evergreen_verdicts", "Verdicts of the gate, by what they were.", labels=("pack", "decision")
+        )
+        champion = GaugeMetricFamily("evergreen_champion_version", "The version in use.", labels=("pack",))
+        reign = GaugeMetricFamily(
+            "evergreen_champion_days", "Days since the version in use became champion.", labels=("pack",)
+        )
+        trainings = CounterMetricFamily("evergreen_trainings", "Models trained, by device.", labels=("pack", "device"))
+        trained = CounterMetricFamily(
+            "evergreen_training_seconds", "Seconds of training, by device.", labels=("pack", "device")
+        )
+        speed = GaugeMetricFamily(
+            "evergreen_training_samples_per_second",
+            "Of the newest training, where its trainer tells.",
+            labels=("pack",),
+        )
+        scores = GaugeMetricFamily(
+            "evergreen_drift_psi",
+            "How far a column lies from what the champion was made from, in the newest window compared.",
+            labels=("pack", "column"),
+        )
+        for pack, count in sorted(self.counts.items()):
+            begun.add_metric((pack,), count.runs)
+            for stage, number in sorted(count.failures.items()):
+                failures.add_metric((pack, stage), number)
+            for what, fails in count.failing.items():
+                failing.add_metric((pack, what), fails)
+            for decision, number in sorted(count.verdicts.items()):
+                verdicts.add_metric((pack, decision), number)
+            if count.champion is not None and count.champion_since is not None:
+                champion.add_metric((pack,), count.champion)
+                reign.add_metric((pack,), (now - count.champion_since).total_seconds() / 86400)
+            for device, number in sorted(count.trainings.items()):
+                trainings.add_metric((pack, device), number)
+                trained.add_metric((pack, device), count.trained_s[device])
+            if count.samples_per_s is not None:
+                speed.add_metric((pack,), count.samples_per_s)
+            for column, score in sorted(count.scores.items()):
+                scores.add_metric((pack, column), score)
+            for kind, number in sorted(count.looks.items()):
+                looks.add_metric((pack, kind), number)
+        yield from (begun, failures, failing, verdicts, champion, reign, trainings, trained, speed, looks, scores)
 
     def _policy(self, pack: str) -> AdmissionPolicy | None:
         """The policy in force; None of a pack that is broken or gone."""

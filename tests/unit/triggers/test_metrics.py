@@ -64,6 +64,11 @@ def decide(database, alert, outcome, *, pack="more", intent=False, now=NOW):
     assert record(database, pack, [ruling], policy={}, now=now, after=database.latest(pack).position)
 
 
+def train(database, seconds, device="cpu", run="one", **figures):
+    value = {"duration_s": seconds, "hardware": {"device": device}, "metrics": figures}
+    return database.append("more", "stage", {"stage": "train", "value": value}, run_id=run)
+
+
 def samples(settings):
     """What a scrape says: every sample by its name and the values of its labels."""
     families = text_string_to_metric_families(metrics.exposition(settings).decode())
@@ -168,7 +173,7 @@ def test_days_since_training_are_those_since_the_train_stage(settings, database)
     """Other stages do not train; a pack that was never trained has no sample."""
     database.append("more", "stage", {"stage": "ingest"}, run_id="one")
     assert ("evergreen_days_since_training", "more") not in samples(settings)
-    trained = database.append("more", "stage", {"stage": "train", "value": {"duration_s": 9}}, run_id="one")
+    trained = train(database, 9, run="one")
     database.append("more", "stage", {"stage": "evaluate"}, run_id="one")
     days = samples(settings)["evergreen_days_since_training", "more"]
     assert 0 < days < (datetime.now(UTC) - trained.at) / timedelta(days=1)
@@ -183,13 +188,13 @@ def test_what_is_left_of_a_budget_is_what_admission_would_see(settings, database
     alerts = tell(database, *["data"] * 5)
     decide(database, alerts[0], "retrain", intent=True)
     decide(database, alerts[1], "merge")
-    database.append("more", "stage", {"stage": "train", "value": {"duration_s": 900}}, run_id="one")
+    train(database, 900, run="one")
     assert [samples(settings)[name] for name in left] == [2, 1.75]
     finish(database, "more", {f"run of {alerts[0]}"})
     assert [samples(settings)[name] for name in left] == [2, 1.75]
     for alert in alerts[2:]:
         decide(database, alert, "retrain", intent=True)
-    database.append("more", "stage", {"stage": "train", "value": {"duration_s": 9000}}, run_id="two")
+    train(database, 9000, run="two")
     assert [samples(settings)[name] for name in left] == [0, 0]
     assert not any("budget" in name and "free" in labels for name, *labels in samples(settings))
 
@@ -235,13 +240,88 @@ def test_looks_of_the_monitor_are_counted_by_what_they_said(settings, database):
     assert found == {("data fault", "more"): 2, ("not compared", "more"): 1, ("quiet", "more"): 1}
 
 
+def live(database):
+    """A run that trains, fails once, and is promoted; and a look."""
+    database.append("more", "run", {"as_of": "2013-04-01"}, run_id="one")
+    train(database, 9, samples_per_s=100.0)
+    database.append(
+        "more", "failure", {"stage": "register", "error": "RegistryError", "what": "no", "fix": ""}, run_id="one"
+    )
+    for status in ("intended", "done"):
+        database.append("more", "promotion", {"status": status, "champion": 4, "version": 4}, run_id="one")
+    promoted = {"stage": "promote", "value": {"verdict": {"decision": "promote"}, "champion": 4}}
+    database.append("more", "stage", promoted, run_id="one")
+    look = {"stage": "monitor", "value": {"kind": "quiet", "scores": {"seats": 0.25}}}
+    database.append("more", "drift", look, run_id="watch__one")
+
+
+def test_runs_failures_and_verdicts_are_counted(settings, database):
+    """What began, what failed by stage, what the gate said; a look of the monitor is no run."""
+    live(database)
+    database.append("more", "watch", {"as_of": "2013-04-02"}, run_id="watch__one")
+    found = samples(settings)
+    assert found["evergreen_runs_total", "more"] == 1
+    assert found["evergreen_stage_failures_total", "more", "register"] == 1
+    assert found["evergreen_verdicts_total", "promote", "more"] == 1
+
+
+def test_a_pack_fails_until_a_run_comes_to_its_end(settings, database):
+    """Begun again it still fails; its monitor is told apart."""
+
+    def failing():
+        found = samples(settings)
+        return [found["evergreen_failing", "more", what] for what in ("training", "monitor")]
+
+    def fail(run):
+        body = {"stage": "ingest", "error": "SourceError", "what": "no", "fix": ""}
+        database.append("more", "failure", body, run_id=run)
+
+    live(database)
+    assert failing() == [0, 0]
+    fail("two")
+    database.append("more", "run", {"as_of": "2013-04-01"}, run_id="three")
+    assert failing() == [1, 0]
+    fail("watch__three")
+    assert failing() == [1, 1]
+    live(database)
+    assert failing() == [0, 0]
+
+
+def test_the_champion_is_the_one_of_the_ledger(settings, database):
+    """Promoted, rolled back, or moved by somebody's hand: the newest move that was done; an intent is none."""
+    live(database)
+    assert samples(settings)["evergreen_champion_version", "more"] == 4
+    done = database.append("more", "rollback", {"status": "done", "champion": 3}, run_id="two")
+    database.append("more", "promotion", {"status": "intended", "champion": 3, "version": 5}, run_id="three")
+    found = samples(settings)
+    assert found["evergreen_champion_version", "more"] == 3
+    assert 0 < found["evergreen_champion_days", "more"] <= (datetime.now(UTC) - done.at) / timedelta(days=1)
+
+
+def test_training_is_counted_by_device(settings, database):
+    """Trainings and their seconds, and how fast the newest was, where its trainer tells."""
+    train(database, 9, samples_per_s=100.0)
+    train(database, 5, device="cuda", samples_per_s=900.0)
+    train(database, 2, device="cuda")
+    found = samples(settings)
+    assert [found["evergreen_trainings_total", device, "more"] for device in ("cpu", "cuda")] == [1, 2]
+    assert [found["evergreen_training_seconds_total", device, "more"] for device in ("cpu", "cuda")] == [9, 7]
+    assert ("evergreen_training_samples_per_second", "more") not in found
+
+
+def test_drift_is_told_by_column_until_the_next_look_that_compares(settings, database):
+    """The newest window's; a look that had nothing to compare with leaves it as it was."""
+    live(database)
+    database.append("more", "drift", {"stage": "monitor", "value": {"kind": None, "scores": {}}}, run_id="watch__two")
+    assert samples(settings)["evergreen_drift_psi", "seats", "more"] == 0.25
+
+
 def test_the_text_is_as_prometheus_wants_it(settings, database):
     """Help and type for each family; counters end in _total; units are base units; histograms are whole."""
     write_pack(settings, "more", "{budget: {runs: 3, device_hours: 2}}")
     for alert in tell(database, "grafana", "data"):
         decide(database, alert, "drop")
-    database.append("more", "stage", {"stage": "train", "value": {"duration_s": 9}}, run_id="one")
-    database.append("more", "drift", {"stage": "monitor", "value": {"kind": "quiet"}}, run_id="watch__one")
+    live(database)
     text = metrics.exposition(settings).decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert {name: family.type for name, family in families.items()} == {
@@ -252,6 +332,16 @@ def test_the_text_is_as_prometheus_wants_it(settings, database):
         "evergreen_budget_runs_left": "gauge",
         "evergreen_budget_device_hours_left": "gauge",
         "evergreen_looks": "counter",
+        "evergreen_runs": "counter",
+        "evergreen_stage_failures": "counter",
+        "evergreen_failing": "gauge",
+        "evergreen_verdicts": "counter",
+        "evergreen_champion_version": "gauge",
+        "evergreen_champion_days": "gauge",
+        "evergreen_trainings": "counter",
+        "evergreen_training_seconds": "counter",
+        "evergreen_training_samples_per_second": "gauge",
+        "evergreen_drift_psi": "gauge",
     }
     for name, family in families.items():
         assert family.documentation[-1] == "."
