@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from evergreen.cli import alerts, approval, drift, home, ledger, packs, runs
+from evergreen.cli import alerts, approval, drift, home, ledger, metrics, packs, runs
 from evergreen.errors import EvergreenError
 
 app = typer.Typer(
@@ -29,8 +29,8 @@ for command in (
     *(packs.packs, runs.run, runs.runs, runs.why, runs.lineage, runs.predict),
     *(packs.new, packs.check, packs.docs),
     *(alerts.alert, alerts.alerts, alerts.decisions, alerts.snooze, alerts.data_arrived),
-    *(alerts.simulate, alerts.sender, alerts.metrics),
-    drift.drift,
+    *(alerts.simulate, alerts.sender),
+    *(drift.drift, metrics.metrics),
     *(ledger.history, ledger.rollback, ledger.drill),
     *(approval.report, approval.approve, approval.reject),
     *(home.up, home.down),

@@ -1,9 +1,8 @@
-"""Alerts: sent, listed, held by hand; what was decided of them, what would have been, and what Prometheus sees of it."""
+"""Alerts: sent, listed, held by hand; what was decided of them, and what would have been."""
 
 from __future__ import annotations
 
 import getpass
-import ipaddress
 import json
 import sys
 from dataclasses import asdict
@@ -360,66 +359,3 @@ def sender(
         show_json({"sender": name, "kind": "signing" if signing else "bearer", "secret": secret})
     else:
         sys.stdout.write(f"{secret}\n")
-
-
-def _address(value: str) -> tuple[str, int]:
-    """HOST:PORT on loopback: who may ask is not checked there."""
-    host, _, port = value.rpartition(":")
-    host = host.strip("[]")
-    try:
-        loopback = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
-        number = int(port)
-    except ValueError:
-        raise typer.BadParameter(f"{value!r} is not HOST:PORT: write 127.0.0.1:9464") from None
-    if not loopback or not 0 <= number < 65536:
-        raise typer.BadParameter(
-            f"{value!r} is not on loopback, where alone it may be served to anybody: write 127.0.0.1:9464, or let "
-            "Prometheus ask Airflow's API server, GET /evergreen/metrics with a token"
-        )
-    return host, number
-
-
-def metrics(
-    serve: Annotated[
-        Any, typer.Option(parser=_address, metavar="HOST:PORT", help="Serve them there, on loopback, until stopped.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Metrics of admission in Prometheus' text format: alerts, latency, what is undecided, what budget is left."""
-    from evergreen.triggers import metrics as counted
-
-    settings = Settings.from_env()
-    if serve:
-        _serve(settings, *serve, as_json=as_json)
-    elif as_json:
-        families = counted.registry(settings).collect()
-        show_json(
-            [
-                {"name": sample.name, "labels": sample.labels, "value": sample.value}
-                for family in families
-                for sample in family.samples
-            ]
-        )
-    else:
-        sys.stdout.write(counted.exposition(settings).decode())
-
-
-def _serve(settings: Settings, host: str, port: int, *, as_json: bool) -> None:
-    from prometheus_client import start_http_server
-
-    from evergreen.triggers import metrics as counted
-
-    counted.exposition(settings)  # what is wrong is said now
-    try:
-        server, thread = start_http_server(port, addr=host, registry=counted.registry(settings))
-    except OSError as error:
-        raise SettingsError(f"{host}:{port} cannot be had: {error.strerror}", fix="choose another port") from error
-    address = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/metrics"
-    if as_json:
-        show_json({"address": address})
-    else:
-        out().print(f"{address} · stop: Ctrl-C")
-    try:
-        thread.join()
-    except KeyboardInterrupt:
-        server.shutdown()

@@ -334,12 +334,24 @@ def test_metrics_are_printed(ask, decided):
     assert {"name": "evergreen_undecided_alerts", "labels": {"pack": "churn"}, "value": 1} in rows
 
 
-@pytest.mark.parametrize(
-    "address", ["0.0.0.0:9464", "10.0.0.1:80", "[::]:9464", "example.com:80", "9464", "127.0.0.1:x"]
-)
-def test_metrics_are_served_on_loopback_only(settings, address):
-    """Nobody is asked who they are there, so nobody from elsewhere is let in."""
+@pytest.mark.parametrize("address", ["example.com:80", "9464", "127.0.0.1:x", "127.0.0.1:70000"])
+def test_metrics_are_served_at_an_address(settings, address):
+    """A host that is an address, and a port."""
     assert "write 127.0.0.1:9464" in refused("metrics", "--serve", address)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:9464", "10.0.0.1:80", "[::]:9464"])
+def test_metrics_are_served_off_loopback_to_a_token_only(settings, address):
+    """Without one nobody is asked who they are, so nobody from elsewhere is let in."""
+    assert "say --token-file" in refused("metrics", "--serve", address)
+
+
+def test_a_token_that_can_be_guessed_is_refused(ask, tmp_path):
+    """Of fewer than 32 characters, or in no file."""
+    (tmp_path / "token").write_text("secret\n", encoding="utf-8")
+    for file, says in (("token", "can be guessed"), ("elsewhere", "cannot be read")):
+        with pytest.raises(SettingsError, match=says):
+            ask("metrics", "--serve", "127.0.0.1:0", "--token-file", str(tmp_path / file))
 
 
 # evergreen alert, evergreen data-arrived
