@@ -60,15 +60,18 @@ def history_of(database: Database, run_id: str, pack: str | None = None) -> dict
 def last_look(database: Database, pack: str) -> dict[str, Any] | None:
     """The newest look of the monitor that came to an end: run_id, at, as_of, champion, kind, reasons; None: none did.
 
-    `kind` is None where nothing could be compared.
+    `kind` is None where nothing could be compared, and `not rolled back` where the look showed that the champion was to
+    be taken back, and that failed.
     """
     ends = [database.latest(pack, kind=kind, stage="monitor") for kind in ("drift", "receipt", "failure")]
+    ends.append(database.latest(pack, kind="failure", stage="withdraw"))
     newest = max((event for event in ends if event is not None), key=lambda event: event.position, default=None)
     if newest is None:
         return None
     at = {"run_id": newest.run_id, "at": newest.at.isoformat()}
     if newest.kind == "failure":
-        return at | {"as_of": None, "champion": None, "kind": None, "reasons": [newest.body["what"]]}
+        kind = "not rolled back" if newest.body["stage"] == "withdraw" else None
+        return at | {"as_of": None, "champion": None, "kind": kind, "reasons": [newest.body["what"]]}
     source = newest if newest.kind == "drift" else database.latest(pack, kind="drift", key=newest.key)
     assert source is not None, "a receipt names a look's event"
     return at | {name: source.body["value"][name] for name in ("as_of", "champion", "kind", "reasons")}

@@ -437,6 +437,19 @@ class DriftRules(Part):
         return self.window * self.of
 
 
+class RollbackRule(Drop):
+    """When the monitor takes a new champion back: on probation, and shown worse than the champion before it by more than `drop`."""
+
+    probation: Duration
+    """How long after its promotion, on the pack's clock."""
+
+    @model_validator(mode="after")
+    def _probation_lasts(self) -> RollbackRule:
+        if self.probation <= timedelta(0):
+            raise ValueError("probation is no time: write how long it lasts, as in 14d")
+        return self
+
+
 class Triggers(Part):
     """What starts a run beside people."""
 
@@ -462,6 +475,9 @@ class Pack(Part):
     expectations: tuple[Expectation, ...] = ()
     training: Training
     gate: GateRules
+    rollback: RollbackRule | None = None
+    """A pack that does not say goes back when a person says so, and never by itself. Not one of the gate's rules, which
+    every verdict is made again by; nor a trigger: it starts no run."""
     triggers: Triggers = Triggers()
 
     @property
@@ -516,20 +532,7 @@ class Pack(Part):
                     f"{file}:{lines.get(where, 1)}: {'.'.join(map(str, where))}: {value!r} is not {kind}",
                     fix=nearest(value, known),
                 )
-        if pack.gate.fairness and pack.data.task != "binary":
-            raise PackError(
-                f"{file}:{lines.get(('gate', 'fairness'), 1)}: gate.fairness: the rates it compares are of a binary "
-                f"target, and data.task is {pack.data.task}",
-                fix="use slices: how far a metric may fall in any group",
-            )
-        if pack.triggers.drift is not None and pack.triggers.drift.reach > pack.data.whole:
-            where = ("triggers", "drift")
-            line = lines.get((*where, "window"), lines.get((*where, "violated"), lines.get(where, 1)))
-            reach, whole = (_duration_text(each) for each in (pack.triggers.drift.reach, pack.data.whole))
-            raise PackError(
-                f"{file}:{line}: triggers.drift: its windows reach {reach} back, and a run reads {whole} of data",
-                fix="shorten window, look at fewer by violated, or make data.train longer",
-            )
+        _agrees(file, pack, lines)
         return pack
 
 
@@ -660,6 +663,30 @@ def _names(pack: Pack) -> Iterator[tuple[Location, str, Sequence[str], str]]:
     yield ("training", "call"), f"{pack.training.call.split(':')[0]}.py", files, f"a file in {pack.folder}"
     if isinstance(pack.source, PythonSource):
         yield ("source", "call"), f"{pack.source.call.split(':')[0]}.py", files, f"a file in {pack.folder}"
+
+
+def _agrees(file: Path, pack: Pack, lines: Mapping[Location, int]) -> None:
+    """Raise PackError where two keys of a pack cannot both be meant."""
+    if pack.gate.fairness and pack.data.task != "binary":
+        raise PackError(
+            f"{file}:{lines.get(('gate', 'fairness'), 1)}: gate.fairness: the rates it compares are of a binary "
+            f"target, and data.task is {pack.data.task}",
+            fix="use slices: how far a metric may fall in any group",
+        )
+    if pack.rollback is not None and pack.triggers.drift is None:
+        raise PackError(
+            f"{file}:{lines.get(('rollback',), 1)}: rollback: it is the monitor that sees a champion on probation, "
+            "and triggers.drift is not there",
+            fix="add drift: {} to triggers",
+        )
+    if pack.triggers.drift is not None and pack.triggers.drift.reach > pack.data.whole:
+        where = ("triggers", "drift")
+        line = lines.get((*where, "window"), lines.get((*where, "violated"), lines.get(where, 1)))
+        reach, whole = (_duration_text(each) for each in (pack.triggers.drift.reach, pack.data.whole))
+        raise PackError(
+            f"{file}:{line}: triggers.drift: its windows reach {reach} back, and a run reads {whole} of data",
+            fix="shorten window, look at fewer by violated, or make data.train longer",
+        )
 
 
 def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int], within: Location = ()) -> PackError:

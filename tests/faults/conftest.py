@@ -117,6 +117,24 @@ def new_truth(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.with_columns(flooded=pl.Series((chance.normal(size=rows.height) > 0.5).astype("int64")))
 
 
+HALF_BLIND = "weights.tolist()", "(weights * [1, 0, 1]).tolist()"
+"""Turns the model into one that does not look at what matters most."""
+LENIENT = {"primary": {"metric": "roc_auc", "min": 0.5, "margin": 0.5}}
+"""A gate that lets it pass."""
+PROBATION = {"probation": "9d", "drop": 0.05}
+
+
+def fallen(home: Home) -> None:
+    """Make a champion in `home`, and a day later a worse one, which its gate lets pass: on probation, and watched."""
+    home.write(gate=LENIENT, rollback=PROBATION, triggers=RULES)
+    home.perform("good", as_of=AS_OF - timedelta(days=1))
+    home.write_model(*HALF_BLIND)
+    values = home.perform("worse")
+    promoted = values["promote"]
+    assert isinstance(promoted, Promoted)
+    assert (promoted.champion, promoted.previous) == (2, 1)
+
+
 @dataclass(frozen=True)
 class Home:
     """A home with the pack in it."""

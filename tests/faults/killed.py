@@ -10,7 +10,8 @@
     back [POINT …]      a rollback is killed just before each of these calls, or before every one, and asked for again
 
 `first` is the pack's first run ever; `next` finds a champion that an earlier run made, `two` a second one. `shift` is a look of the monitor
-that alerts, up to the alert's being posted; `fault` is one at data that `validate` refuses. A point is `stage/call/n`:
+that alerts, up to the alert's being posted; `fault` is one at data that `validate` refuses; `fall` is one that sees a
+champion on probation fail, and takes it back. A point is `stage/call/n`:
 the n-th such call within the stage. The script imports what stages need once and then forks; it opens nothing itself, since
 neither SQLite's connections nor polars' threads survive a fork.
 """
@@ -31,7 +32,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from conftest import AS_OF, DAYS, LATER, MORE, NAME, RULES, SCHEDULED, Home, new_truth, perform_stage
+from conftest import AS_OF, DAYS, LATER, MORE, NAME, RULES, SCHEDULED, Home, fallen, new_truth, perform_stage
 from fastapi import FastAPI
 from mlflow import MlflowClient
 from tests.served import nobody, serving
@@ -43,7 +44,7 @@ from evergreen.data import store
 from evergreen.database import Database
 from evergreen.errors import EvergreenError
 from evergreen.history import history_of
-from evergreen.loop import rollback
+from evergreen.loop import probation, rollback
 from evergreen.loop.monitor import Watched, monitor, tell
 from evergreen.registry import ledger, promotion
 from evergreen.run import Value
@@ -88,7 +89,7 @@ CALLS = (
     (signatures, ("post",)),
     (inbox, ("keep",)),
 )
-LOOKS = ("shift", "fault")
+LOOKS = ("shift", "fault", "fall")
 IMPOSSIBLE = {"expect_column_mean_to_be_between": {"column": "wind", "min_value": 5, "max_value": 6}}
 DAY = timedelta(days=1)
 WAITS = "    for step in range(1, job.params"
@@ -184,6 +185,9 @@ def look(home: Home, run_id: str = RUN, point: str | None = None, state: Path | 
         pass
     watch.stage = "monitor"
     found = monitor(run, values.get("ingest"), values.get("validate"))
+    if found.probation is not None:
+        watch.stage = "withdraw"
+        probation.withdraw(run, found.probation)
     watch.stage = "tell"
     outer, port = FastAPI(), free_port()
     outer.mount("/evergreen", webhook.make_app(home.settings, nobody))
@@ -197,8 +201,10 @@ def look(home: Home, run_id: str = RUN, point: str | None = None, state: Path | 
 def end_of_look(home: Home, found: Watched) -> dict[str, Any]:
     """What must be the same after a kill and a retry as after an undisturbed look."""
     seen = home.visible()
-    pages = home.registry._client.list_artifacts(home.registry.version(NAME, 1).run_id, "drift")
+    watched = home.registry.version(NAME, found.champion).run_id
+    pages = home.registry._client.list_artifacts(watched, "drift")
     return {
+        **moves(home),
         "found": found.model_dump(mode="json"),
         "stage events": home.stages("stage"),
         "looks": [event.body["value"] for event in home.events("drift")],
@@ -208,7 +214,6 @@ def end_of_look(home: Home, found: Watched) -> dict[str, Any]:
         "alerts": [(event.key, event.body) for event in home.events("alert")],
         "undecided": [alert.id for alert in inbox.due(home.database, NAME, home.events("watch")[-1].at + DAY)],
         "pages": [page.path for page in pages],
-        "champion": seen["champion"].version,
         "unfinished runs": seen["unfinished runs"],
         "first bad event": home.database.first_bad(NAME),
         "half-written": [file.name for file in home.settings.home.rglob("*.part")],
@@ -260,6 +265,9 @@ def make(root: Path, start: str) -> Home:
         home = Home.make(root / "live", days=range(DAYS + MORE if start in LOOKS else DAYS))
         if start in ("next", "two"):
             home.perform("before", as_of=AS_OF - timedelta(days=1))
+        elif start == "fall":
+            fallen(home)
+            senders.ensure(home.settings)
         elif start in LOOKS:
             home.write(triggers=RULES)
             home.perform("before")
@@ -350,19 +358,22 @@ def go_back(home: Home, point: str | None, file: Path) -> None:
     watch.stage = "rollback"
     rollback.rollback(home.settings, NAME, why="a trial", by="ada")
     met = list(watch.met)
-    moves = [(event.kind, event.body["status"]) for event in home.database.events(NAME, kind=promotion.MOVES)]
+    file.write_text(json.dumps({"state": moves(home) | {"leases": leases(home)}, "met": met}))
+
+
+def moves(home: Home) -> dict[str, Any]:
+    """Where the champion alias is, and all that is said of how it got there."""
     noted = work.checkpoints(home.settings, NAME)
-    state = {
+    events = home.database.events(NAME, kind=promotion.MOVES)
+    return {
         "champion": home.champion.version if home.champion else None,
-        "moves": moves,
+        "moves": [(event.kind, event.body["status"]) for event in events],
         "reigns": [reign.version for reign in ledger.reigns(home.database, NAME)],
         "left": sorted(promotion.left(home.database, NAME)),
         "tags": [sorted(version.tags) for version in home.registry.versions(NAME)],
         "holds": ledger.verify(home.database, NAME, noted).holds,
         "checkpoints": len(noted),
-        "leases": leases(home),
     }
-    file.write_text(json.dumps({"state": state, "met": met}))
 
 
 def back(root: Path, home: Home, *chosen: str) -> dict[str, Any]:

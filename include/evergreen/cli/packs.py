@@ -19,6 +19,9 @@ from evergreen.history import last_look, runs_of
 from evergreen.pack import Pack, find, load, parse_instant
 from evergreen.settings import Settings
 
+TOLD = ("data fault", "not compared", "not rolled back")
+"""Looks that a person must see to."""
+
 
 def packs(as_json: AsJson = False) -> None:
     """The packs: what each keeps trained, how its last run ended, and what the monitor saw last."""
@@ -53,7 +56,7 @@ def _seen(look: dict[str, Any] | None) -> Text:
     if look is None:
         return Text("")
     kind, when = look["kind"] or "not compared", minute(datetime.fromisoformat(look["at"]))
-    said = f"{kind}, {when}" + (f": {look['reasons'][0]}" if kind in ("data fault", "not compared") else "")
+    said = f"{kind}, {when}" + (f": {look['reasons'][0]}" if kind in TOLD else "")
     return Text(said, style=STYLES.get(kind, "bold"))
 
 

@@ -220,8 +220,8 @@ def _comparison(evaluated: Evaluated, rules: GateRules) -> Iterator[Finding]:
             "reject", f"intervals are of confidence {evaluated.confidence:g}, the rule asks for {primary.confidence:g}"
         )
         return
-    change = _change(difference.estimate, figure)
-    gain = _gain(difference.estimate, primary.metric)
+    change = change_of(difference.estimate, figure)
+    gain = gain_of(difference.estimate, primary.metric)
     if gain is None:
         yield Finding("review", f"{shown}, not comparable with {name} ({change}): the hold-out has too few partitions")
         return
@@ -278,7 +278,7 @@ def _slices(evaluated: Evaluated, rules: GateRules) -> Iterator[Finding]:
     worse = [one for one, shown in zip(tested, shown_worse, strict=True) if shown]
     for rule, difference, p in worse:
         of = next(each.estimate for each in _groups(evaluated, rule) if each.group == difference.group)
-        change = _change(difference.estimate, of.value if of else 0.0)
+        change = change_of(difference.estimate, of.value if of else 0.0)
         among = f", p {p:.2g} among {len(tested)} slices" if len(tested) > 1 else ""
         yield Finding(
             "reject",
@@ -315,7 +315,7 @@ def _rest(evaluated: Evaluated, rules: GateRules, rule: SliceRule, worse: Iterab
         if each.estimate is None:
             (small if each.rows < rule.min_rows else undefined).append((each.group, each.rows))
         elif difference is not None and each.group not in worse:
-            gain = _gain(difference.estimate, rule.metric)
+            gain = gain_of(difference.estimate, rule.metric)
             if gain is not None and gain[0] >= -rule.margin:
                 within.append(each.group)
             else:
@@ -379,7 +379,7 @@ def _difference(evaluated: Evaluated, metric: str, by: str | None, group: str | 
     return None
 
 
-def _gain(difference: Estimate, metric: str) -> tuple[float, float] | None:
+def gain_of(difference: Estimate, metric: str) -> tuple[float, float] | None:
     """The interval turned so that more is better; None where there is none."""
     if difference.low is None or difference.high is None or not math.isfinite(difference.low + difference.high):
         return None
@@ -393,7 +393,7 @@ def _champion(evaluated: Evaluated) -> str:
     return "the champion" if champion is None or champion.version is None else f"version {champion.version}"
 
 
-def _change(difference: Estimate, of: float) -> str:
+def change_of(difference: Estimate, of: float) -> str:
     """`+0.011, interval +0.003 … +0.019`, as fine as the figure it is a change of."""
     change = _number(difference.value, of, "+")
     if difference.low is None or difference.high is None:

@@ -21,8 +21,10 @@ from evergreen import errors, looks
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, RegistryError
 from evergreen.evaluation import metrics, significance
+from evergreen.evaluation.probation import Ruling
 from evergreen.keys import perform, recorded
 from evergreen.looks import PROFILE, REFERENCE, Reference
+from evergreen.loop import probation
 from evergreen.monitoring.drift import Drift, Kind, Performance, Triage, compare, triage
 from evergreen.pack import DriftRules, Pack
 from evergreen.registry.models import ModelVersion, Registry
@@ -59,6 +61,7 @@ WINDOWS = 12
 REASON, FINGERPRINT = 500, 200
 """How long an alert's reason and fingerprint may be."""
 PACKAGE = Path(__file__).parents[1]
+MEASURES = ("metrics", "significance", "importance", "gate", "probation")
 
 
 class Watched(Value):
@@ -84,6 +87,8 @@ class Watched(Value):
     """The same as one HTML page."""
     profile: Ref | None = None
     """Of the newest window: next year it is the season before."""
+    probation: Ruling | None = None
+    """None: the champion is on none."""
 
     def summary(self) -> str:
         return f"{self.kind or 'not compared'}: {self.reasons[0]}"
@@ -97,6 +102,8 @@ class Champion:
     model: Ref
     seen: Window
     """The rows it learned from, or chose by: it is not scored on them."""
+    judged: Window
+    """Its hold-out, by which it was chosen."""
     profile: Profile
     reference: Reference
 
@@ -113,6 +120,7 @@ class Champion:
             version=version,
             model=looks.model_of(version),
             seen=Window(start=windows.train.start, end=windows.validation.end),
+            judged=windows.holdout,
             profile=Profile.from_bytes(files[0]),
             reference=Reference.model_validate_json(files[1]),
         )
@@ -266,8 +274,12 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
     """
     pack, store, registry = run.pack, Store(run.settings), Registry(run.settings)
     rules = pack.triggers.drift or DriftRules()
+    mine = watched_by(run.settings, pack.name, run.id)
+    if mine is not None and mine.probation is not None and mine.probation.decision == "roll back":
+        return mine  # an attempt that was killed may have gone back: the champion is another, and what was seen stands
     refused, failed = _went_wrong(run, ingested, validated)
     champion = registry.champion(pack.name)
+    standing = probation.standing(run, registry, champion)
     seen = validated or ingested
     before = _year_before(run, store, rules)
 
@@ -298,8 +310,15 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
         if faults:
             reasons = found.reasons if found.kind == "data fault" else ()
             found = Triage(kind="data fault", reasons=(*reasons, *faults), evidence=found.evidence)
+        ruling = None
+        if standing is not None:
+            fault = f"the data have a fault: {found.reasons[0]}" if found.kind == "data fault" else None
+            one = registry.version(pack.name, standing.before) if standing.model and standing.before else None
+            rival = Champion.of(registry, one) if one is not None else None
+            ruling = probation.judge(run, store, watcher.manifest, standing, known, rival, fault)
         return Watched(
             **plain,
+            probation=ruling,
             kind=found.kind,
             reasons=found.reasons,
             evidence=found.evidence,
@@ -321,10 +340,19 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
             "refused": refused,
             "failed": failed,
             "season": before[0].hash if before else None,
+            "probation": standing.model_dump(mode="json") if standing else None,
         },
-        parameters={"rules": rules.model_dump(mode="json"), "confidence": pack.gate.primary.confidence},
-        code=tuple(PACKAGE / name for name in ("loop/monitor.py", "looks.py", "work.py", "runner.py"))
-        + tuple(PACKAGE / "evaluation" / f"{name}.py" for name in ("metrics", "significance", "importance"))
+        parameters={
+            "rules": rules.model_dump(mode="json"),
+            "rollback": pack.rollback.model_dump(mode="json") if pack.rollback else None,
+            "confidence": pack.gate.primary.confidence,
+            "independent": pack.gate.primary.independent,
+            "metric": pack.gate.primary.metric,
+        },
+        code=tuple(
+            PACKAGE / name for name in ("loop/monitor.py", "loop/probation.py", "looks.py", "work.py", "runner.py")
+        )
+        + tuple(PACKAGE / "evaluation" / f"{name}.py" for name in MEASURES)
         + tuple(PACKAGE.glob("monitoring/*.py")),
         act=act,
         outputs=lambda value: [ref for ref in (value.report, value.page, value.profile) if ref is not None],

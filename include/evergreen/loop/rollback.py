@@ -66,10 +66,18 @@ class Restored(Value):
 
 
 def rollback(
-    settings: Settings, pack: str, *, to: int | None = None, why: str, by: str, run_id: str | None = None
+    settings: Settings,
+    pack: str,
+    *,
+    to: int | None = None,
+    leave: int | None = None,
+    why: str,
+    by: str,
+    run_id: str | None = None,
 ) -> Restored:
     """Make `to`, or else the champion before this one, champion again, when it is verified to be what it was.
 
+    `leave` is the version that was found wanting, where that is not whichever is champion now.
     Asked again in the same words after any kill, it ends as an undisturbed call would: it goes back once. Raises
     RegistryError where there is nothing to go back to, or what there is is not what it was; the champion stays.
     """
@@ -79,8 +87,9 @@ def rollback(
         with check.step("find") as said:
             if promotion.answered(database, pack, asked, run_id) is None:
                 with suppress(RegistryError):
-                    check.begin(_target(database, pack, ledger.champion(database, pack), to))
-            leave = promotion.settle(database, registry, pack, holder=run_id)
+                    check.begin(_target(database, pack, leave or ledger.champion(database, pack), to))
+            champion = promotion.settle(database, registry, pack, holder=run_id)
+            leave = champion if leave is None else leave
             before = promotion.answered(database, pack, asked, run_id)
             if before is not None:
                 checkpoint(settings, before)

@@ -84,7 +84,7 @@ def monitor_task(pack: Pack) -> Any:
         "and so it fails itself, for good.",
     )
     def act(ingested: dict[str, Any] | None, validated: dict[str, Any] | None) -> dict[str, Any]:
-        from evergreen.loop import monitor  # numpy: every parse of a DAG would pay for it
+        from evergreen.loop import monitor, probation  # numpy: every parse of a DAG would pay for it
 
         run = current_run(pack.name, get_current_context(), "watch")
         watched = monitor.monitor(
@@ -92,7 +92,15 @@ def monitor_task(pack: Pack) -> Any:
             Ingested.model_validate(ingested) if ingested else None,
             Validated.model_validate(validated) if validated else None,
         )
+        failed = None
+        try:
+            if watched.probation is not None:
+                probation.withdraw(run, watched.probation)
+        except RegistryError as error:
+            failed = error
         monitor.tell(run.settings, watched, run.settings.url or conf.get("api", "base_url"))
+        if failed is not None:
+            raise AirflowFailException(str(failed)) from failed
         if watched.kind == "data fault" or validated is None:
             raise AirflowFailException(f"{watched.summary()}; a person looks, nothing is retrained")
         return watched.model_dump(mode="json", exclude={"evidence"})
