@@ -24,7 +24,7 @@ from evergreen.work import manifest_of
 def of_version(settings: Settings, name: str, version: int, description: str) -> Report:
     """The report on a version, by the newest verdict on it. Raises RegistryError where the gate has not spoken."""
     database, registry = db.connect(settings.database_url), Registry(settings)
-    judged = _judged(database, name, version)
+    judged = verdicts_on(database, name, version)[-1]
     lineage = registry.lineage(name, version)
     try:
         evaluated = Evaluated.model_validate(judged.body["saw"]["evaluated"])
@@ -70,15 +70,15 @@ def _plots(settings: Settings, evaluated: Evaluated) -> dict[str, Ref]:
     return {}
 
 
-def _judged(database: Database, name: str, version: int) -> Event:
-    """The newest verdict on the version."""
-    for event in database.events(name, kind="verdict", newest_first=True):
-        if event.body["saw"]["version"] == version:
-            return event
-    raise RegistryError(
-        f"{name} version {version}: the gate has said nothing about it",
-        fix=f"evergreen runs {name} lists the versions of runs that came to their end",
-    )
+def verdicts_on(database: Database, name: str, version: int) -> list[Event]:
+    """The verdicts on the version, oldest first; at least one. Raises RegistryError where the gate has not spoken."""
+    found = [event for event in database.events(name, kind="verdict") if event.body["saw"]["version"] == version]
+    if not found:
+        raise RegistryError(
+            f"{name} version {version}: the gate has said nothing about it",
+            fix=f"evergreen runs {name} lists the versions of runs that came to their end",
+        )
+    return found
 
 
 def _data(

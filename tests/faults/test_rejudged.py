@@ -1,11 +1,15 @@
 """Every rule of the gate on a real chain; and its verdict made again from the events and the predictions alone."""
 
 import copy
+import json
 from datetime import timedelta
 
 import pytest
 from tests.faults.conftest import AS_OF, DAYS, NAME, Home
+from typer.testing import CliRunner
 
+from evergreen import database as db
+from evergreen.cli import app
 from evergreen.errors import StageError
 from evergreen.run import Evaluated, Ref
 from evergreen.stages.judging import rejudge
@@ -116,6 +120,31 @@ def test_an_altered_prediction_is_noticed(judged):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     assert (again.verdict, again.wrong) == (None, ("the predictions of the challenger are missing or altered",))
+
+
+def evergreen(home, *words):
+    """A command in this process, on this home."""
+    places = {"HOME": home.settings.home, "PACKS": home.settings.packs, "PROJECT": home.settings.project}
+    env = {f"EVERGREEN_{name}": str(place) for name, place in places.items()}
+    return CliRunner().invoke(app, list(words), env=env)
+
+
+def test_an_auditor_asks_from_a_terminal(judged):
+    """`rejudge` makes every verdict on the version again and says that it is the same; with what differs, and 1, if not."""
+    done = evergreen(judged, "rejudge", f"{NAME}@2")
+    assert (done.exit_code, done.stdout) == (0, f"✓ {NAME} version 2  promote in run second: made again, and the same\n")
+    event = verdict_of(judged, "second")
+    body = copy.deepcopy(event.body)
+    change_the_verdict(body)
+    judged.database.append(NAME, "verdict", body, run_id="second")
+    done = evergreen(judged, "rejudge", f"{NAME}@2", "--json")
+    first, forged = json.loads(done.stdout)["verdicts"]
+    assert (done.exit_code, first["wrong"], forged["run_id"]) == (1, [], "second")
+    assert (forged["written"]["decision"], forged["made_again"]["decision"]) == ("reject", "promote")
+    assert any("written was reject" in sentence for sentence in forged["wrong"])
+    assert "✗ tide version 2  reject in run second: 1 thing not as written" in evergreen(judged, "rejudge", f"{NAME}@2").stdout
+    with judged.database.engine.begin() as connection:
+        connection.execute(db.events.delete().where(db.events.c.kind == "verdict", db.events.c.position > event.position))
 
 
 def test_a_verdict_without_its_run_is_refused(judged):

@@ -31,7 +31,7 @@ for command in (
     *(alerts.alert, alerts.alerts, alerts.decisions, alerts.snooze, alerts.data_arrived),
     *(alerts.simulate, alerts.sender),
     *(drift.drift, metrics.metrics),
-    *(ledger.history, ledger.rollback, ledger.drill),
+    *(ledger.history, ledger.rejudge, ledger.rollback, ledger.drill),
     *(approval.report, approval.approve, approval.reject),
     *(home.up, home.down),
 ):

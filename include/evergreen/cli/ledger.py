@@ -12,6 +12,7 @@ import typer
 from rich.text import Text
 
 from evergreen import database as db
+from evergreen.cli.runs import version_named
 from evergreen.cli.terminal import AsJson, Since, minute, out, plain_table, show_json
 from evergreen.errors import RegistryError, nearest
 from evergreen.registry import ledger
@@ -78,6 +79,38 @@ def drill(model: Model, as_json: AsJson = False) -> None:
     settings = Settings.from_env()
     _require(settings, model)
     _show(back.drill(settings, model, by=getpass.getuser()), as_json=as_json)
+
+
+def rejudge(
+    model: Annotated[str, typer.Argument(help="MODEL@VERSION, or MODEL for its champion.")], as_json: AsJson = False
+) -> None:
+    """Make each verdict on a version again, from its event and the stored predictions and rows alone.
+
+    The exit status is 1 where one, or anything that it rests on, is not what was written.
+    """
+    from evergreen import reports
+    from evergreen.stages import judging
+
+    settings = Settings.from_env()
+    _, version = version_named(settings, model)
+    found = []
+    for event in reports.verdicts_on(db.connect(settings.database_url), version.name, version.version):
+        again = judging.rejudge(settings, event)
+        made = again.verdict.model_dump(mode="json") if again.verdict else None
+        about = {"run_id": event.run_id, "at": event.at.isoformat(), "position": event.position}
+        found.append(about | {"wrong": list(again.wrong), "written": event.body["verdict"], "made_again": made})
+    if as_json:
+        show_json({"model": version.name, "version": version.version, "verdicts": found})
+    else:
+        for one in found:
+            mark, colour = ("\N{BALLOT X}", "red") if one["wrong"] else ("\N{CHECK MARK}", "green")
+            end = f"{count(len(one['wrong']), 'thing')} not as written" if one["wrong"] else "made again, and the same"
+            said = f"  {one['written']['decision']} in run {one['run_id']}: {end}"
+            out().print(Text.assemble((f"{mark} ", colour), (f"{version.name} version {version.version}", "bold"), said))
+            for line in one["wrong"]:
+                out().print(Text(f"  {line}"))
+    if any(one["wrong"] for one in found):
+        raise typer.Exit(1)
 
 
 def _show(restored: Any, *, as_json: bool) -> None:
