@@ -132,7 +132,10 @@ def evergreen(home, *words):
 def test_an_auditor_asks_from_a_terminal(judged):
     """`rejudge` makes every verdict on the version again and says that it is the same; with what differs, and 1, if not."""
     done = evergreen(judged, "rejudge", f"{NAME}@2")
-    assert (done.exit_code, done.stdout) == (0, f"✓ {NAME} version 2  promote in run second: made again, and the same\n")
+    assert (done.exit_code, done.stdout) == (
+        0,
+        f"✓ {NAME} version 2  promote in run second: made again, and the same\n",
+    )
     event = verdict_of(judged, "second")
     body = copy.deepcopy(event.body)
     change_the_verdict(body)
@@ -142,9 +145,14 @@ def test_an_auditor_asks_from_a_terminal(judged):
     assert (done.exit_code, first["wrong"], forged["run_id"]) == (1, [], "second")
     assert (forged["written"]["decision"], forged["made_again"]["decision"]) == ("reject", "promote")
     assert any("written was reject" in sentence for sentence in forged["wrong"])
-    assert "✗ tide version 2  reject in run second: 1 thing not as written" in evergreen(judged, "rejudge", f"{NAME}@2").stdout
+    assert (
+        "✗ tide version 2  reject in run second: 1 thing not as written"
+        in evergreen(judged, "rejudge", f"{NAME}@2").stdout
+    )
     with judged.database.engine.begin() as connection:
-        connection.execute(db.events.delete().where(db.events.c.kind == "verdict", db.events.c.position > event.position))
+        connection.execute(
+            db.events.delete().where(db.events.c.kind == "verdict", db.events.c.position > event.position)
+        )
 
 
 def test_a_verdict_without_its_run_is_refused(judged):

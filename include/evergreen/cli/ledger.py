@@ -93,7 +93,7 @@ def rejudge(
 
     settings = Settings.from_env()
     _, version = version_named(settings, model)
-    found = []
+    found: list[dict[str, Any]] = []
     for event in reports.verdicts_on(db.connect(settings.database_url), version.name, version.version):
         again = judging.rejudge(settings, event)
         made = again.verdict.model_dump(mode="json") if again.verdict else None
@@ -106,7 +106,9 @@ def rejudge(
             mark, colour = ("\N{BALLOT X}", "red") if one["wrong"] else ("\N{CHECK MARK}", "green")
             end = f"{count(len(one['wrong']), 'thing')} not as written" if one["wrong"] else "made again, and the same"
             said = f"  {one['written']['decision']} in run {one['run_id']}: {end}"
-            out().print(Text.assemble((f"{mark} ", colour), (f"{version.name} version {version.version}", "bold"), said))
+            out().print(
+                Text.assemble((f"{mark} ", colour), (f"{version.name} version {version.version}", "bold"), said)
+            )
             for line in one["wrong"]:
                 out().print(Text(f"  {line}"))
     if any(one["wrong"] for one in found):

@@ -1,13 +1,17 @@
 """Probation: the new champion beside the one before it, on rows that came since and that neither has learned from. Pure.
 
-With Δ = champion - the one before, turned so that more is better, and [low, high] the interval that the gate would take:
+With Δ = champion - the one before, turned so that more is better, and [low, high] its interval as the gate takes it:
 
     roll back    Δ < -drop and high < 0        else keep
 
-It is what `drop` means to the monitor: past the pack's figure, and past chance. The same rows are looked at again with
-every partition that comes, so over a whole probation chance gets more than one try: a champion that is as good is
-taken back more often than the level (1 - confidence) / 2 says, were it not for `drop` (`tests/unit/evaluation/
-test_probation.py` prints how often).
+It is what `drop` means to the monitor: past the pack's figure, and past chance. But the same two are looked at again with
+every partition that comes, and chance has a try each time. So the interval is of confidence
+
+    1 - (1 - c) / n        c: the gate's, n: the partitions that a probation lasts
+
+by which the chance that a champion which is as good is ever taken back is (1 - c) / 2 at most (Bonferroni's inequality;
+`tests/unit/evaluation/test_probation.py` prints it, and what it costs in power). Not covered: labels of one partition
+that come by and by give it more than one try.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ class Seen(Value):
     metric: str
     drop: float
     confidence: float
+    """Of the interval."""
     independent: bool
     excused: str | None = None
     """Why the two were not compared."""
@@ -43,6 +48,11 @@ class Seen(Value):
     figure_before: Estimate | None = None
     difference: Estimate | None = None
     """The champion's less the other's, as it is: of a loss, more is worse."""
+
+
+def confidence_over(partitions: int, confidence: float) -> float:
+    """The confidence of each of `partitions` looks by which all of them together have `confidence`."""
+    return 1 - (1 - confidence) / max(partitions, 1)
 
 
 class Ruling(Value):

@@ -21,7 +21,7 @@ from evergreen.keys import on_the_clock, recorded
 from evergreen.loop.rollback import rollback
 from evergreen.registry import ledger, promotion
 from evergreen.registry.models import ModelVersion, Registry
-from evergreen.run import Manifest, PartitionFile, Run, Value, Window
+from evergreen.run import Manifest, PartitionFile, Run, Value, Window, periods
 from evergreen.work import checkpoint
 
 if TYPE_CHECKING:
@@ -95,12 +95,14 @@ def judge(
     rule, primary = run.pack.rollback, run.pack.gate.primary
     assert rule is not None, "without a rule nobody is on probation"
     window = Window(start=champion.judged.end, end=run.as_of)
+    looks_at_most = len([*periods(Window(start=at.since, end=at.until), run.pack.data.partition)])
+    confidence = probation.confidence_over(looks_at_most, primary.confidence)
     plain: dict[str, Any] = {
         **at.model_dump(include={"champion", "before", "since", "until"}),
         "as_of": run.as_of,
         "metric": primary.metric,
         "drop": rule.drop,
-        "confidence": primary.confidence,
+        "confidence": confidence,
         "independent": primary.independent,
     }
 
@@ -127,7 +129,7 @@ def judge(
         figures = {
             "figure": significance.estimate(ours, primary.metric, primary.confidence, primary.independent),
             "figure_before": significance.estimate(theirs, primary.metric, primary.confidence, primary.independent),
-            "difference": significance.paired(ours, theirs, primary.metric, primary.confidence, primary.independent),
+            "difference": significance.paired(ours, theirs, primary.metric, confidence, primary.independent),
         }
         if not all(math.isfinite(each.value) for each in figures.values()):
             return {"excused": f"{primary.metric} is not defined on the rows that have come"}
@@ -162,8 +164,8 @@ def _rows(
 
 
 @recorded
-def withdraw(run: Run, ruling: Ruling) -> None:
-    """Do what was decided: nothing, or go back, once for each run that saw it.
+def withdraw(run: Run, ruling: Ruling) -> Ruling:
+    """Do what was decided, and say it: nothing, or go back, once for each run that saw it.
 
     Where the champion is another by now, nothing moves, and a `void` event says why. Raises RegistryError where the
     version to restore is not what it was; the champion stays.
@@ -171,15 +173,16 @@ def withdraw(run: Run, ruling: Ruling) -> None:
     pack, seen = run.pack.name, ruling.seen
     log.info("%s: %s", pack, ruling.why)
     if ruling.decision == "keep":
-        return
+        return ruling
     database = db.connect(run.settings.database_url)
     last = database.latest(pack, kind=promotion.ROLLBACK, run_id=run.id)
     if last is not None and last.body["status"] == "done":  # a person may have chosen otherwise since
         checkpoint(run.settings, last)
-        return
+        return ruling
     try:
         rollback(run.settings, pack, to=seen.before, leave=seen.champion, why=ruling.why, by=BY, run_id=run.id)
     except RegistryError as error:
         if ledger.champion(database, pack) == seen.champion:
             raise
         log.info("%s: not rolled back: %s", pack, error.what)
+    return ruling
