@@ -1,4 +1,7 @@
-"""A person's answer on Airflow's own page, given with a real browser: promote, reject, nobody in time, and superseded."""
+"""A person's answer on Airflow's own page, given with a real browser: promote, reject, nobody in time, and superseded.
+
+And what a person can ask of the same home: the way back.
+"""
 
 import json
 from functools import cached_property
@@ -12,6 +15,7 @@ from evergreen import database as db
 from evergreen import keys, stages
 from evergreen.history import history_of
 from evergreen.pack import load
+from evergreen.registry import ledger
 from evergreen.registry.models import Registry
 from evergreen.run import slug_of
 from evergreen.settings import Settings
@@ -55,9 +59,9 @@ class Asking(Home):
     def database(self):
         return db.connect(self.settings.database_url)
 
-    def prepared(self, number):
+    def prepared(self, number, gate=PATIENT):
         """A run up to the version it registers; what is left is its verdict."""
-        self.write(number=number)
+        self.write(gate, number)
         run = keys.begin(
             self.settings, load(self.packs, PACK), f"run {number}", as_of=TODAY, scheduled=TODAY, reason="a test asked"
         )
@@ -88,6 +92,15 @@ class Asking(Home):
 
     def ended(self, approval):
         return until(lambda: (state := self.state(approval)) in ("success", "failed") and state, PATIENCE_S)
+
+    def go_back(self, why):
+        """A run of the rollback DAG, asked for through the REST API, when it has ended."""
+        dag = f"/api/v2/dags/{PACK}__rollback"
+        until(lambda: self.airflow.get(dag).is_success)
+        asked = self.airflow.post(f"{dag}/dagRuns", json={"logical_date": None, "conf": {"why": why}})
+        assert asked.is_success, asked.text
+        run = f"{dag}/dagRuns/{asked.json()['dag_run_id'].replace('+', '%2B')}"
+        return until(lambda: (found := self.get(run))["state"] in ("success", "failed") and found, PATIENCE_S)
 
     def events(self, run):
         return [event.body for event in self.database.events(PACK, kind="approval", run_id=run)]
@@ -175,6 +188,9 @@ def story(tmp_path_factory):
         told["promoted"] = home.ended(promoted)
         until(lambda: home.dag_runs(PACK)[0]["state"] == "success")
         page.close()
+
+        told["fifth"] = stages.promote(*home.prepared(5, PRIMARY))
+        told["back"] = home.go_back("the fifth asks for nothing")
         yield told
     finally:
         home.evergreen("down")
@@ -238,3 +254,16 @@ def test_a_person_promotes_what_the_training_dag_asked_for(story):
     assert moves == ["intended", "done"]
     assert home.database.first_bad(PACK) is None
     assert "promoted by" in registry.lineage(PACK, 4)["verdict"]["reasons"][0]
+
+
+def test_a_person_goes_back_by_the_rollback_dag(story):
+    """A scheduler runs it: the alias is back, and the ledger names the person who asked, and the reason."""
+    home, run = story["home"], story["back"]
+    assert (story["fifth"].champion, story["fifth"].previous, run["state"]) == (5, 4, "success")
+    assert Registry(home.settings).champion(PACK).version == 4
+    last = ledger.reigns(home.database, PACK)[-1]
+    assert (last.version, last.by, last.run_id) == (4, "rollback", run["dag_run_id"])
+    assert run["triggering_user_name"]
+    assert (last.who, last.why) == (run["triggering_user_name"], "the fifth asks for nothing")
+    shown = home.evergreen("history", PACK, "--json")[0]
+    assert (shown["version"], shown["who"], shown["why"]) == (4, last.who, last.why)

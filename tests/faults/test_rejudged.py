@@ -1,9 +1,12 @@
 """Every rule of the gate on a real chain; and its verdict made again from the events and the predictions alone."""
 
 import copy
+import hashlib
 import json
 from datetime import timedelta
+from pathlib import Path
 
+import polars as pl
 import pytest
 from tests.faults.conftest import AS_OF, DAYS, NAME, Home
 from typer.testing import CliRunner
@@ -24,6 +27,9 @@ GATE = {
     "latency_ratio": 100,
     "size_ratio": 2,
 }
+
+
+ARTIFACTS = ("groups.csv", "gate_inputs.json", "evaluation.json", "importance.json", "model_card.md")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +126,23 @@ def test_an_altered_prediction_is_noticed(judged):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     assert (again.verdict, again.wrong) == (None, ("the predictions of the challenger are missing or altered",))
+
+
+def test_a_version_has_what_an_auditor_needs_beside_it(judged):
+    """In MLflow: the table of groups, where the predictions of both lie, importance, and the card as it was then."""
+    evaluated = Evaluated.model_validate(verdict_of(judged, "second").body["saw"]["evaluated"])
+    found = {name: judged.registry.artifact(NAME, 2, name) for name in ARTIFACTS}
+    assert [name for name, content in found.items() if not content] == []
+    groups = pl.read_csv(found["groups.csv"])
+    assert groups["group"].to_list() == ["north", "south"]
+    assert groups["challenger_value"].to_list() == [each.estimate.value for each in evaluated.challenger.slices]
+    assert groups["difference_low"].to_list() == [each.estimate.low for each in evaluated.differences if each.by]
+    inputs = json.loads(found["gate_inputs.json"])
+    for name, model in (("challenger", evaluated.challenger), ("champion", evaluated.champion)):
+        file = Path(judged.settings.data_remote) / inputs[name]["predictions"]["object"]
+        assert hashlib.md5(file.read_bytes()).hexdigest() == model.predictions.hash  # noqa: S324  the store's own names
+        assert pl.read_parquet(file).height == model.rows
+    assert found["model_card.md"].decode() == judged.pack.card
 
 
 def evergreen(home, *words):

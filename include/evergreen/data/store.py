@@ -239,6 +239,11 @@ class Store:
 
     # The remote
 
+    @staticmethod
+    def place(ref: Ref) -> str:
+        """Where an object lies within the remote."""
+        return f"files/md5/{ref.hash[:2]}/{ref.hash[2:]}"
+
     def push(self, refs: Iterable[Ref]) -> None:
         """Have the remote hold these objects, the files of folders included. Cheap where it does already."""
         refs = set(refs)

@@ -42,7 +42,7 @@ from evergreen.run import (
     period_name,
 )
 from evergreen.settings import Settings
-from evergreen.stages import reading, scoring
+from evergreen.stages import judging, reading, scoring
 from evergreen.training import jobs
 from evergreen.work import checkpoint, copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
 
@@ -340,7 +340,7 @@ def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Traine
                 metrics={name: estimate.value for name, estimate in evaluated.challenger.metrics.items()},
                 curve=_curve(store, trained.curve),
                 artifacts={
-                    **_artifacts(store, pack, validated, evaluated, trained, folder / "artifacts"),
+                    **_artifacts(store, pack, validated, snapshot, evaluated, trained, folder / "artifacts"),
                     **_reference(run, store, snapshot, evaluated, folder),
                 },
                 input_example=_example(store, snapshot, trained),
@@ -526,10 +526,20 @@ def _as_of(champion: ModelVersion) -> datetime:
 
 
 def _artifacts(
-    store: Store, pack: Pack, validated: Validated, evaluated: Evaluated, trained: Trained, folder: Path
+    store: Store,
+    pack: Pack,
+    validated: Validated,
+    snapshot: Snapshot,
+    evaluated: Evaluated,
+    trained: Trained,
+    folder: Path,
 ) -> dict[str, Path]:
-    """What goes with the version beside the model: GX's result, the evaluation, importance, log, card, figures."""
+    """What goes with the version beside the model: what made it, and what the gate was given."""
     folder.mkdir()
+    inputs = json.dumps(judging.inputs_of(snapshot, evaluated), indent=2)
+    (folder / "gate_inputs.json").write_text(inputs, encoding="utf-8")
+    if evaluated.challenger.slices:
+        judging.groups_of(evaluated).write_csv(folder / "groups.csv")
     store.checkout(validated.result, folder / "validation.json")
     store.checkout(trained.log, folder / "training.log")
     (folder / "evaluation.json").write_text(evaluated.model_dump_json(indent=2), encoding="utf-8")

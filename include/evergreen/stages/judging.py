@@ -1,4 +1,6 @@
-"""A verdict made again from what is stored: its event, the predictions it names, and the hold-out rows of its run.
+"""What a verdict rests on, for whoever audits it; and the verdict made again from what is stored.
+
+That is its event, the predictions it names, and the hold-out rows of its run.
 
 Nothing is predicted or measured anew: the models are not run, and latency and size are taken as they were written.
 Whether the events are still as they were appended is for their hash chain to say (`Database.first_bad`).
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evergreen import database as db
 from evergreen.data.store import Store
@@ -18,10 +20,13 @@ from evergreen.errors import StageError
 from evergreen.evaluation import gate
 from evergreen.looks import predictions_in
 from evergreen.pack import GateRules
-from evergreen.run import Evaluated, Evaluation, Ref, Snapshot, Value, Verdict
+from evergreen.run import Difference, Evaluated, Evaluation, Ref, SliceEstimate, Snapshot, Value, Verdict
 from evergreen.settings import Settings
 from evergreen.stages import scoring
 from evergreen.work import manifest_of
+
+if TYPE_CHECKING:
+    import polars as pl
 
 CLOSE = 1e-9
 """Another machine may add up the same numbers in another order."""
@@ -80,6 +85,49 @@ def rejudge(settings: Settings, event: Event) -> Rejudged:
     if verdict != written:
         wrong.append(f"the verdict is {verdict.decision} ({verdict.reasons[0]}), written was {written.decision}")
     return Rejudged(evaluated=evaluated, verdict=verdict, wrong=tuple(wrong))
+
+
+def inputs_of(snapshot: Snapshot, evaluated: Evaluated) -> dict[str, Any]:
+    """What the gate is given, as JSON: where the rows and both models' predictions for them lie in the store's remote."""
+
+    def lies(ref: Ref | None) -> dict[str, Any] | None:
+        return {"object": Store.place(ref), **ref.model_dump()} if ref is not None else None
+
+    models = {"challenger": evaluated.challenger, "champion": evaluated.champion}
+    return {
+        "snapshot": snapshot.tag,
+        "manifest": lies(snapshot.manifest),
+        "holdout": evaluated.holdout.model_dump(mode="json"),
+        **{
+            name: model.model_dump(include={"version", "model", "withheld"}) | {"predictions": lies(model.predictions)}
+            if model is not None
+            else None
+            for name, model in models.items()
+        },
+    }
+
+
+def groups_of(evaluated: Evaluated) -> pl.DataFrame:
+    """A row for each group that a rule looks at: its figure, the champion's, and the difference, with their intervals."""
+    import polars as pl
+
+    def of(each: SliceEstimate | Difference) -> tuple[str | None, str | None, str]:
+        return each.by, each.group, each.metric
+
+    champion = {of(each): each.estimate for each in (evaluated.champion.slices if evaluated.champion else ())}
+    differences = {of(each): each.estimate for each in evaluated.differences}
+    rows = []
+    for each in evaluated.challenger.slices:
+        row: dict[str, Any] = {"by": each.by, "group": each.group, "metric": each.metric, "rows": each.rows}
+        found = {
+            "challenger": each.estimate,
+            "champion": champion.get(of(each)),
+            "difference": differences.get(of(each)),
+        }
+        for name, estimate in found.items():
+            row |= {f"{name}_{part}": getattr(estimate, part, None) for part in ("value", "low", "high")}
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def _stage(database: Database, event: Event, stage: str) -> dict[str, Any]:
