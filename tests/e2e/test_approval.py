@@ -189,8 +189,7 @@ def story(tmp_path_factory):
         until(lambda: home.dag_runs(PACK)[0]["state"] == "success")
         page.close()
 
-        told["fifth"] = stages.promote(*home.prepared(5, PRIMARY))
-        told["back"] = home.go_back("the fifth asks for nothing")
+        told["fifth"], told["back"] = stages.promote(*home.prepared(5, PRIMARY)), home.go_back("the fifth asks nobody")
         yield told
     finally:
         home.evergreen("down")
@@ -264,6 +263,6 @@ def test_a_person_goes_back_by_the_rollback_dag(story):
     last = ledger.reigns(home.database, PACK)[-1]
     assert (last.version, last.by, last.run_id) == (4, "rollback", run["dag_run_id"])
     assert run["triggering_user_name"]
-    assert (last.who, last.why) == (run["triggering_user_name"], "the fifth asks for nothing")
+    assert (last.who, last.why) == (run["triggering_user_name"], "the fifth asks nobody")
     shown = home.evergreen("history", PACK, "--json")[0]
     assert (shown["version"], shown["who"], shown["why"]) == (4, last.who, last.why)

@@ -2,8 +2,8 @@
 
     killed.py TRIALS    a JSON list of trials, each of [FOLDER, START, TRIAL, …]:
 
-    points [POINT …]    what START names is killed just before each of these calls (before every one where none is named), each
-                        time from the same start, and performed again
+    points [POINT …]    what START names is killed just before each call that begins so (before every one where none is named),
+                        each time from the same start, and performed again
     row POINT …         one run, killed before each of these calls in turn
     adopted             the waiting process is killed while its training job is at work
     race RUN RUN        two processes perform runs of these ids at once
@@ -301,7 +301,7 @@ def performed(root: Path, home: Home, run_id: str = RUN, act: Callable[..., None
 def points(root: Path, home: Home, *chosen: str, act: Callable[..., None] = perform) -> dict[str, Any]:
     whole = performed(root, home, act=act)
     trials = []
-    for point in chosen or whole["met"]:
+    for point in [met for met in whole["met"] if not chosen or met.startswith(chosen)]:
         again(root)
         death = ended(fork(act, home, RUN, point))
         trials.append({"point": point, "death": death, "state": performed(root, home, act=act)["state"]})
