@@ -52,8 +52,8 @@ class FolderCheckpoint:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write `file` so that it is there in full or not at all, even after a power cut."""
-    part = file.with_name(file.name + ".part")
+    """Write `file` so that it is there in full or not at all, even after a power cut, whoever else writes it just now."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     with part.open("wb") as stream:
         stream.write(content)
         stream.flush()

@@ -1,10 +1,14 @@
 """Checkpoints are whole or passed over."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from evergreen.training.checkpoints import FolderCheckpoint
+from evergreen.training.checkpoints import FolderCheckpoint, write_whole
 
 
 def test_nothing_is_loaded_from_an_empty_place(tmp_path):
@@ -58,3 +62,18 @@ def test_a_damaged_last_one_is_passed_over(tmp_path, suffix, damage):
     step, tensors, _ = checkpoint.load()
     assert step == 1
     assert np.array_equal(tensors["w"], np.ones(100))
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
+    """A second one that begins and ends while the first is about to name its own: the file is whole, and nobody fails."""
+    file, fsync = tmp_path / "pid.json", os.fsync
+    other = "import sys; from pathlib import Path; from evergreen.training.checkpoints import write_whole\n"
+    other += "write_whole(Path(sys.argv[1]), b'theirs')"
+
+    def meanwhile(descriptor):
+        fsync(descriptor)
+        subprocess.run([sys.executable, "-c", other, str(file)], check=True)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_whole(file, b"ours")
+    assert ([each.name for each in tmp_path.iterdir()], file.read_bytes()) == (["pid.json"], b"ours")
