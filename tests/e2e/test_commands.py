@@ -311,6 +311,10 @@ LINEAGE = """
     windows.train.start windows.train.end windows.validation.start windows.validation.end
     windows.holdout.start windows.holdout.end
 """
+REJUDGED = """
+    model version verdicts.run_id verdicts.at verdicts.position verdicts.wrong verdicts.written.decision
+    verdicts.written.reasons verdicts.made_again.decision verdicts.made_again.reasons
+"""
 ROW = "run_id pack at as_of reason alerts outcome version champion"
 ENDED = f"""
     {ROW} stages.stage stages.state stages.summary stages.seconds failure verdict.decision verdict.reasons
@@ -342,8 +346,9 @@ def test_the_keys_of_a_run_are_stable(house):
         ("snooze gauge --off", "pack at until why by"),
         ("check gauge --as-of 2024-01-13", "law holds detail seconds"),
         ("drill gauge", "model version previous why by at drill steps.name steps.said steps.seconds seconds"),
+        ("rejudge gauge@1", REJUDGED),
     ],
-    ids=["runs", "why", "lineage", "predict", "docs", "packs", "down", "sender", "snooze", "check", "drill"],
+    ids=["runs", "why", "lineage", "predict", "docs", "packs", "down", "sender", "snooze", "check", "drill", "rejudge"],
 )
 def test_the_keys_of_an_answer_are_stable(told, run_ids, words, expected):
     """Each command's `--json` prints one document, with these keys."""

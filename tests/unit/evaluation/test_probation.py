@@ -60,7 +60,7 @@ def test_what_was_not_compared_is_kept():
 
 
 def taken_back(chance, loss, drop, days=14, rows=300):
-    """Whether one of the looks after each of 14 days takes back a champion that is worse by about `loss` of ROC-AUC.
+    """Whether one of the looks after each of 14 days takes back a champion that is worse by some 0.9 `loss` of ROC-AUC.
 
     Two models with a score of their own each; days differ in difficulty, and in which model they suit.
     """
