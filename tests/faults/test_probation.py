@@ -14,8 +14,10 @@ import pytest
 from tests.faults.conftest import AS_OF, DAYS, LATER, LENIENT, MORE, NAME, PROBATION, RULES, Home, fallen
 from tests.faults.test_killed_stages import tried
 from tests.faults.test_monitor import TASKS, nulls, turn, watch
+from typer.testing import CliRunner
 
 from evergreen import keys, work
+from evergreen.cli import app
 from evergreen.errors import AlertError, RegistryError
 from evergreen.evaluation.probation import Seen, decide
 from evergreen.history import last_look, values_of
@@ -180,6 +182,15 @@ def test_a_champion_that_is_as_good_stays(home):
     withdraw(run, ruling)
     assert (ruling.decision, home.champion.version) == ("keep", 2)
     assert ruling.why.startswith("version 2 is not shown worse by more than 0.9: roc_auc 0.")
+
+
+def test_the_terminal_shows_it_and_changes_nothing(home):
+    """`drift` says what the monitor would go by; only the monitor's task goes back."""
+    places = {"HOME": home.settings.home, "PACKS": home.settings.packs, "PROJECT": home.settings.project}
+    env = {f"EVERGREEN_{name}": str(place) for name, place in places.items()}
+    shown = CliRunner().invoke(app, ["drift", NAME, "--as-of", f"{LATER:%Y-%m-%d}"], env=env).stdout
+    assert "probation: version 2 is worse by more than 0.05: roc_auc 0." in " ".join(shown.split())
+    assert home.champion.version == 2
 
 
 def test_without_labels_nothing_is_judged(home):

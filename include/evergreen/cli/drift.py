@@ -60,7 +60,7 @@ def drift(
 
 
 def look(run: Run) -> Watched:
-    """Ingest → validate → monitor, in this process; no alert is sent."""
+    """Ingest → validate → monitor, in this process; no alert is sent, and no champion taken back."""
     from evergreen.loop.monitor import monitor
 
     return monitor(run, *_read(run))
@@ -114,6 +114,8 @@ def _show(settings: Settings, rules: DriftRules, watched: Watched, page: str | N
     console.print(Text.assemble((kind, STYLES.get(kind, "bold")), f": {watched.reasons[0]}"))
     for reason in watched.reasons[1:]:
         console.print(Text(f"  {reason}"))
+    if watched.probation is not None:
+        console.print(Text.assemble(("probation", "bold"), f": {watched.probation.why}"))
     measured = _measured(settings, watched)
     if measured is not None:
         newest = measured["windows"][-1]
