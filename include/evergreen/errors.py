@@ -8,6 +8,7 @@ or in an object of the store that the message names.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -52,6 +53,10 @@ class SourceError(EvergreenError):
     """The source cannot be read, or what it holds cannot be the dataset: columns, types, times, emptiness."""
 
 
+class UnreachableError(SourceError):
+    """The source does not answer, or not well, and may do so soon: worth trying again."""
+
+
 class StaleDataError(SourceError):
     """The newest data is older than the pack's `data.max_staleness`."""
 
@@ -90,6 +95,11 @@ class SendersError(EvergreenError):
 
 class AlertError(EvergreenError):
     """An alert was not taken: nobody answered, or the answer was no."""
+
+
+def masked(url: str) -> str:
+    """A URL, or a text with some, without passwords."""
+    return re.sub(r"(?<=://)([^/?#@:\s]*):[^/?#\s]+@", r"\1:***@", url)
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

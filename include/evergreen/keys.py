@@ -26,7 +26,7 @@ from evergreen import database as db
 from evergreen.database import Database, Event
 from evergreen.errors import EvergreenError, LeaseHeldError
 from evergreen.pack import Pack
-from evergreen.run import Ref, Run, Value, digest, floor
+from evergreen.run import Connect, Ref, Run, Value, digest, floor, no_connections
 from evergreen.settings import Settings
 
 log = logging.getLogger("evergreen")
@@ -89,6 +89,7 @@ def begin(
     reason: str,
     force: bool = False,
     kind: Literal["run", "watch"] = "run",
+    connect: Connect = no_connections,
 ) -> Run:
     """The run `run_id` of `pack`. Its as-of is fixed by the first call and kept by every later one.
 
@@ -114,6 +115,7 @@ def begin(
         reason=event.body["reason"],
         force=event.body["force"],
         settings=settings,
+        connect=connect,
     )
 
 

@@ -20,7 +20,7 @@ from evergreen.errors import EvaluationError, EvergreenError, PackError, Trainin
 from evergreen.evaluation import significance
 from evergreen.looks import predictions_in
 from evergreen.pack import NAME, NAMING, Pack
-from evergreen.run import Ingested, Ref, Run, count
+from evergreen.run import Connect, Ingested, Ref, Run, count, no_connections
 from evergreen.settings import Settings
 from evergreen.training import jobs
 from evergreen.work import copy_python, job_spec, manifest_of
@@ -58,7 +58,9 @@ def scaffold(packs: Path, name: str) -> Path:
     return folder
 
 
-def check_pack(settings: Settings, pack: Pack, home: Path, as_of: datetime | None) -> Iterator[Law]:
+def check_pack(
+    settings: Settings, pack: Pack, home: Path, as_of: datetime | None, connect: Connect = no_connections
+) -> Iterator[Law]:
     """Each law as it is judged; the first that is broken is the last, since the others build on it."""
     checking = Settings.from_env(
         {
@@ -74,7 +76,13 @@ def check_pack(settings: Settings, pack: Pack, home: Path, as_of: datetime | Non
         try:
             if "run" not in found:
                 found["run"] = keys.begin(
-                    checking, pack, "check", as_of=instant, scheduled=instant, reason="a check of the pack"
+                    checking,
+                    pack,
+                    "check",
+                    as_of=instant,
+                    scheduled=instant,
+                    reason="a check of the pack",
+                    connect=connect,
                 )
             detail = law(found["run"], found)
             broken = False

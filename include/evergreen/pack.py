@@ -18,7 +18,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic import ValidationError as PydanticError
 
-from evergreen.errors import PackError, nearest
+from evergreen.errors import PackError, masked, nearest
 
 NAME = re.compile(r"(?!main$)[a-z][a-z0-9_]{0,47}")
 NAMING = (
@@ -140,23 +140,60 @@ class PythonSource(Part):
     call: Call
 
 
+def _without_secrets(url: str) -> str:
+    """A path or URL that says where, and not by which password: a pack is in git, its secrets are Airflow's."""
+    if masked(url) != url or re.search(r"[?&](password|passwd|pwd)=", url):
+        raise ValueError("holds a password: make an Airflow connection of it, and write connection: ITS_ID")
+    return url
+
+
+Url = Annotated[str, Field(min_length=1), AfterValidator(_without_secrets)]
+
+
 class ParquetSource(Part):
     """Rows from Parquet files: a path or fsspec URL, with `*` and `**`. A relative path is under the pack's folder."""
 
     kind: Literal["parquet"]
-    path: str = Field(min_length=1)
+    path: Url
+    connection: str | None = None
+    """The id of an Airflow connection that may read them, for s3:// and http(s)://; else what the environment gives."""
 
 
 class CsvSource(Part):
     """Rows from CSV files with a header line: a path or fsspec URL, with `*` and `**`."""
 
     kind: Literal["csv"]
-    path: str = Field(min_length=1)
+    path: Url
+    connection: str | None = None
+    """As for Parquet."""
     separator: str = Field(default=",", min_length=1, max_length=1)
     null_values: tuple[str, ...] = ("", "NA")
 
 
-Source = Annotated[PythonSource | ParquetSource | CsvSource, Field(discriminator="kind")]
+class SqlSource(Part):
+    """Rows of a table or a query, of any database that SQLAlchemy has a driver for."""
+
+    kind: Literal["sql"]
+    connection: str | None = None
+    """The id of an Airflow connection."""
+    url: Url | None = None
+    """In its place, an SQLAlchemy URL that needs no password; a SQLite file may be relative to the pack's folder."""
+    table: str | None = None
+    """A table or view, with its schema or without: `sales.orders`."""
+    query: str | None = None
+    """In its place, a SELECT; the window is asked of its result."""
+
+    @model_validator(mode="after")
+    def _says_where_and_what(self) -> SqlSource:
+        if (self.connection is None) == (self.url is None):
+            raise ValueError("names one of connection, the id of an Airflow connection, and url")
+        if (self.table is None) == (self.query is None):
+            raise ValueError("names one of table and query")
+        return self
+
+
+Source = Annotated[PythonSource | ParquetSource | CsvSource | SqlSource, Field(discriminator="kind")]
+SOURCES: dict[str, type[Part]] = {"python": PythonSource, "parquet": ParquetSource, "csv": CsvSource, "sql": SqlSource}
 
 Partition = Literal["hour", "day", "week", "month"]
 
@@ -694,7 +731,7 @@ def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int], wi
     mistakes = []
     fixes = []
     for item in error.errors(include_url=False):
-        parts = (part for part in item["loc"] if part not in ("python", "parquet", "csv", "literal['auto']"))
+        parts = (part for part in item["loc"] if part not in (*SOURCES, "literal['auto']"))
         where: Location = (*within, *parts)
         line = next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), 1)
         name = ".".join(str(part) for part in where)
@@ -709,11 +746,11 @@ def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int], wi
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             found = item["input"].get("kind") if isinstance(item["input"], dict) else item["input"]
             what = f"{name}.kind: {found!r} is not a kind of {name}"
-            fixes.append(nearest(str(found), ("python", "parquet", "csv")))
+            fixes.append(nearest(str(found), SOURCES))
         else:
             message = item["msg"].removeprefix("Value error, ")
             value = item.get("input")
-            shown = "" if isinstance(value, dict | list | BaseModel) else f" {value!r}"
+            shown = "" if isinstance(value, dict | list | BaseModel) else masked(f" {value!r}")
             what = f"{name + ':' if name else ''}{shown} {message[:1].lower() + message[1:]}".strip()
         mistakes.append((line, what))
     mistakes.sort(key=lambda mistake: mistake[0])
@@ -736,7 +773,7 @@ def _known_keys(where: Location) -> list[str]:
             return []
         model = _model_in(field.annotation) or PythonSource
         if part == "source":
-            return sorted({key for kind in (PythonSource, ParquetSource, CsvSource) for key in kind.model_fields})
+            return sorted({key for kind in SOURCES.values() for key in kind.model_fields})
     names = set(model.model_fields) - {"name", "folder"}
     return sorted(names)
 

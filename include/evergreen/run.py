@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from evergreen.errors import SourceError
 from evergreen.pack import Data, Fairness, Pack, Partition
 from evergreen.settings import Settings
 
@@ -439,6 +440,47 @@ class Promoted(Value):
 
 
 @dataclass(frozen=True)
+class Connection:
+    """An Airflow connection, as a source needs it. What it may know that others must not is in no message and no key."""
+
+    name: str
+    kind: str
+    """Airflow's connection type."""
+    host: str = ""
+    port: int | None = None
+    schema: str = ""
+    """Of a database server: the database."""
+    login: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def place(self) -> str:
+        """Where it leads, whoever asks: rows known from one place are not rows of another."""
+        port = f":{self.port}" if self.port else ""
+        return f"{self.kind}://{self.host}{port}/{self.schema}{self.extra.get('endpoint_url', '')}"
+
+    def without_secrets(self, text: str) -> str:
+        """`text`, a driver's words say, without what is secret here."""
+        words = ("key", "token", "secret", "pass", "auth")
+        extras = [str(value) for name, value in self.extra.items() if any(word in name.lower() for word in words)]
+        for secret in filter(None, [self.password, *extras]):
+            text = text.replace(secret, "***")
+        return text
+
+
+Connect = Callable[[str], Connection]
+"""The connection of an id. Raises SourceError where there is none."""
+
+
+def no_connections(name: str) -> Connection:
+    """What a run outside of Airflow answers."""
+    raise SourceError(
+        f"connection {name!r} is not known here: connections are Airflow's", fix="run the pack by `evergreen run`"
+    )
+
+
+@dataclass(frozen=True)
 class Run:
     """One pass of the chain for one pack."""
 
@@ -451,6 +493,8 @@ class Run:
     settings: Settings
     force: bool = False
     """Do the work again even where an earlier run did the same."""
+    connect: Connect = field(default=no_connections, repr=False, compare=False)
+    """Where its source's connection is asked for, at the moment it is needed: no run, value or key holds a secret."""
 
     @property
     def slug(self) -> str:

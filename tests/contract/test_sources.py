@@ -10,6 +10,8 @@ from pathlib import Path
 import fsspec
 import polars as pl
 import pytest
+import sqlalchemy as sa
+from tests.servers import Postgres
 
 from evergreen import pack
 from evergreen.data import partitions, sources
@@ -20,11 +22,38 @@ START = datetime(2013, 1, 1, tzinfo=UTC)
 WEEK = Window(start=START, end=START + timedelta(days=7))
 ROWS = 24 * 9
 
-KINDS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
+FILES: dict[str, Callable[[pl.DataFrame, Path], object]] = {
     "parquet": lambda frame, file: frame.write_parquet(file, row_group_size=50),
     "csv": lambda frame, file: frame.write_csv(file, datetime_format="%Y-%m-%dT%H:%M:%S%.fZ"),
 }
+KINDS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
+    **FILES,
+    "sqlite": lambda frame, file: save_table(frame, f"sqlite:///{file}"),
+    "postgresql": lambda frame, file: file.write_text(save_table(frame, SERVERS["postgresql"].database())),
+}
+"""How rows get into a file; a PostgreSQL database's holds its URL."""
 every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind_of_file = pytest.mark.parametrize("kind", FILES)
+SERVERS: dict[str, Postgres] = {}
+
+
+@pytest.fixture(autouse=True)
+def _servers(request):
+    """The PostgreSQL server, for a test of that kind or of all."""
+    kind = request.node.callspec.params.get("kind") if hasattr(request.node, "callspec") else "all"
+    if kind in ("postgresql", "all"):
+        SERVERS["postgresql"] = request.getfixturevalue("postgres")
+
+
+def save_table(frame: pl.DataFrame, url: str) -> str:
+    """The rows as the table `rows` of a database that has none; → its URL."""
+    types = {"t": sa.DateTime(timezone=True), "y": sa.Integer, "x": sa.Float, "name": sa.Text, "good": sa.Boolean}
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    table = sa.Table("rows", sa.MetaData(), *(sa.Column(name, types[name]) for name in frame.columns))
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.execute(table.insert(), frame.to_dicts())
+    return url
 
 
 def sample(rows: int = ROWS) -> pl.DataFrame:
@@ -41,7 +70,11 @@ def sample(rows: int = ROWS) -> pl.DataFrame:
 
 
 def read(kind: str, path: str, folder: Path, window: Window = WEEK, event_time: str = "t") -> list[pl.DataFrame]:
-    source = {"parquet": pack.ParquetSource, "csv": pack.CsvSource}[kind].model_validate({"kind": kind, "path": path})
+    said = {"kind": kind, "path": path}
+    if kind not in FILES:
+        url = (folder / path).read_text() if kind == "postgresql" else f"sqlite:///{path}"
+        said = {"kind": "sql", "url": url, "table": "rows"}
+    source = pack.SOURCES[said["kind"]].model_validate(said)
     return list(sources.open_source(source, folder).read(window, event_time))
 
 
@@ -87,6 +120,7 @@ def test_rows_come_in_chunks(kind, tmp_path, monkeypatch):
     """No chunk holds all of a long file: memory is bounded."""
     monkeypatch.setattr(sources, "BATCH_ROWS", 50)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(sources, "SQL_ROWS", 50)
     KINDS[kind](sample(), tmp_path / f"a.{kind}")
     assert max(frame.height for frame in read(kind, f"a.{kind}", tmp_path)) <= 60
 
@@ -99,7 +133,7 @@ def test_a_row_without_a_time_is_not_dropped(kind, tmp_path):
     assert pl.concat(read(kind, f"a.{kind}", tmp_path))["t"].null_count() == 1
 
 
-@every_kind
+@every_kind_of_file
 def test_globs_join_files(kind, tmp_path):
     """`**` finds files in sub-folders; all of them are read."""
     (tmp_path / "2013" / "01").mkdir(parents=True)
@@ -108,7 +142,7 @@ def test_globs_join_files(kind, tmp_path):
     assert sum(frame.height for frame in read(kind, f"2013/**/*.{kind}", tmp_path)) == 24 * 7
 
 
-@every_kind
+@every_kind_of_file
 def test_a_url_is_as_good_as_a_path(kind, tmp_path):
     """Any fsspec file system will do, with globs."""
     memory = fsspec.filesystem("memory")
@@ -118,7 +152,7 @@ def test_a_url_is_as_good_as_a_path(kind, tmp_path):
     assert sum(frame.height for frame in found) == 24 * 7
 
 
-@every_kind
+@every_kind_of_file
 def test_a_file_with_other_columns_is_refused(kind, tmp_path):
     """A column renamed from one file to the next is found, with its new name."""
     KINDS[kind](sample()[:100], tmp_path / f"a.{kind}")
@@ -130,13 +164,13 @@ def test_a_file_with_other_columns_is_refused(kind, tmp_path):
 
 @every_kind
 def test_a_missing_event_time_is_refused(kind, tmp_path):
-    """The pack's event time must be a column of the file."""
+    """The pack's event time must be a column of the file or the table."""
     KINDS[kind](sample(), tmp_path / f"a.{kind}")
-    with pytest.raises(SourceError, match=rf"a\.{kind} has no column 'tt'"):
+    with pytest.raises(SourceError, match=r"(a\.(csv|parquet)|table rows of \S+) has no column 'tt'"):
         read(kind, f"a.{kind}", tmp_path, event_time="tt")
 
 
-@every_kind
+@every_kind_of_file
 def test_a_file_cut_in_the_middle_is_refused(kind, tmp_path):
     """Half a file gives an error, not half of the rows."""
     file = tmp_path / f"a.{kind}"
@@ -149,7 +183,7 @@ def test_a_file_cut_in_the_middle_is_refused(kind, tmp_path):
         read(kind, f"a.{kind}", tmp_path)
 
 
-@every_kind
+@every_kind_of_file
 @pytest.mark.parametrize(
     "path", ["nothing.{}", "*/*.{}", "http://127.0.0.1:9/a.{}", "http://127.0.0.1:9/*.{}", "no://a.{}"]
 )
@@ -162,14 +196,14 @@ def test_what_is_not_there_is_named(kind, path, tmp_path):
     assert "check" in caught.value.fix
 
 
-@every_kind
+@every_kind_of_file
 def test_a_folder_is_told_from_files(kind, tmp_path):
     """A folder without a pattern is refused, not taken for an empty source."""
     with pytest.raises(SourceError, match="is a folder"):
         read(kind, ".", tmp_path)
 
 
-@every_kind
+@every_kind_of_file
 def test_a_file_that_may_not_be_read_is_named(kind, tmp_path):
     """No permission: the file, and what to grant."""
     KINDS[kind](sample(), tmp_path / f"a.{kind}")

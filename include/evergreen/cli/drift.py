@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,9 +68,18 @@ def look(run: Run) -> Watched:
 
 
 def _begin(settings: Settings, pack: Pack, as_of: datetime | None) -> Run:
+    from evergreen.orchestration.connections import connection_of
+
     now = datetime.now(UTC)
     return keys.begin(
-        settings, pack, f"manual__{now.isoformat()}", as_of=as_of, scheduled=now, reason="a person asked", kind="watch"
+        settings,
+        pack,
+        f"manual__{now.isoformat()}",
+        as_of=as_of,
+        scheduled=now,
+        reason="a person asked",
+        kind="watch",
+        connect=partial(connection_of, settings),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,13 +87,15 @@ def check(
 ) -> None:
     """Hold a pack to the laws, in under a minute, without touching its data, models or runs."""
     from evergreen.laws import check_pack
+    from evergreen.orchestration.connections import connection_of
 
     settings = Settings.from_env()
     loaded = load(settings.packs, pack)
     console = out()
     results = []
     with tempfile.TemporaryDirectory(prefix="evergreen-check-") as folder:
-        for law in check_pack(settings, loaded, Path(folder), parse_instant(as_of) if as_of else None):
+        instant = parse_instant(as_of) if as_of else None
+        for law in check_pack(settings, loaded, Path(folder), instant, partial(connection_of, settings)):
             results.append(
                 {"law": law.name, "holds": law.holds, "detail": law.detail, "seconds": round(law.seconds, 2)}
             )

@@ -6,9 +6,12 @@ event time is null come along too, so that `partitions.write` can refuse them. P
 under the pack's folder) or any fsspec URL, with `*` and `**`; over HTTP, where a folder can be listed only by a page of
 links, `*` stands in the file's name alone.
 
+A database is asked for the window alone, and its answer streamed. Credentials come by an Airflow connection that the
+pack names, or from the environment; they are in no message.
+
 A `python` source is not here: it runs as a job, and leaves Arrow files that `frames` reads.
 
-Every failure is a SourceError that names the file.
+Every failure is a SourceError that names the file or the table; an UnreachableError where trying again may do.
 """
 
 from __future__ import annotations
@@ -18,33 +21,59 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
+from uuid import UUID
 
 from evergreen import pack
 from evergreen.data import partitions
-from evergreen.errors import SourceError
-from evergreen.run import Window
+from evergreen.errors import SourceError, UnreachableError, masked, nearest
+from evergreen.run import Connect, Connection, Window, no_connections
 
 if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
     import pyarrow.parquet as pq
+    import sqlalchemy as sa
 
 BLOCK_BYTES = 8 * 2**20
 """A CSV is read in blocks of this size; no row may be longer."""
 BATCH_ROWS = 65_536
+SQL_ROWS = 16_384
+"""Rows are fetched from a database in lots of so many, as Python objects."""
 COLUMN_BYTES = {"local": 2**16, "remote": 2**20}
 """How much of each Parquet column is read at once: from afar more, since every read there is a request."""
 HTTP = ("http", "https")
+S3 = ("s3", "s3a")
 NETWORK = "check the address, the network and the credentials, and run again"
 SILENCE_S = 60.0
 """How long an HTTP server may say nothing, within an answer too."""
+CONNECT_S = 15
+CONNECT_DRIVERS = ("psycopg", "psycopg2", "pymysql")
+"""Database drivers that can be told how long to wait for a server; some would for minutes."""
+ASKED = "check source in pack.yaml: the table or the query, and what the connection's user may read"
+DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"}
+"""Airflow's types of connection that SQLAlchemy knows by another name, or with a driver that is not installed here."""
+REMOTE = ("aiohttp", "fsspec", "botocore", "aiobotocore")
+PASSING = (
+    "ClientConnectorError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ServerDisconnectedError",
+    "EndpointConnectionError",
+    "ConnectTimeoutError",
+    "ReadTimeoutError",
+    "ConnectionClosedError",
+    "HTTPClientError",
+)
+"""What the libraries call a server that is away."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".lzma")
 """CSV files with these endings are unpacked."""
 
@@ -56,13 +85,17 @@ class Source(Protocol):
         """The rows of `window`, in chunks. Raises SourceError."""
 
 
-def open_source(source: pack.Source, folder: Path) -> Source:
-    """The source that a pack in `folder` describes. Opens nothing yet."""
+def open_source(source: pack.Source, folder: Path, connect: Connect = no_connections) -> Source:
+    """The source that a pack in `folder` describes; `connect` knows the connection it names. Opens nothing yet."""
+    if isinstance(source, pack.PythonSource):
+        raise TypeError(f"a {source.kind} source is read by a job")
+    connection = connect(source.connection) if source.connection else None
+    if isinstance(source, pack.SqlSource):
+        return Sql(source, folder, connection)
+    options = _options(source.path, connection) if connection else {}
     if isinstance(source, pack.ParquetSource):
-        return Parquet(source.path, folder)
-    if isinstance(source, pack.CsvSource):
-        return Csv(source.path, folder, separator=source.separator, null_values=source.null_values)
-    raise TypeError(f"a {source.kind} source is read by a job")
+        return Parquet(source.path, folder, options)
+    return Csv(source.path, folder, options, separator=source.separator, null_values=source.null_values)
 
 
 def frames(folder: Path) -> Iterator[pl.DataFrame]:
@@ -81,10 +114,12 @@ class Parquet:
 
     path: str
     folder: Path
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """How fsspec is to reach them."""
 
     def read(self, window: Window, event_time: str) -> Iterator[pl.DataFrame]:
         columns: list[str] = []
-        for file in _files(self.path, self.folder):
+        for file in _files(self.path, self.folder, self.options):
             with _seekable(file) as opened:
                 with _reading(file.name, "write the file again: it is not a whole Parquet file"):
                     table = self._table(opened, file)
@@ -127,6 +162,7 @@ class Csv:
 
     path: str
     folder: Path
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     separator: str = ","
     null_values: tuple[str, ...] = ("", "NA")
 
@@ -134,7 +170,7 @@ class Csv:
         import pyarrow as pa
 
         columns: list[str] = []
-        for file in _files(self.path, self.folder):
+        for file in _files(self.path, self.folder, self.options):
             with _on_disk(file) as path:
                 names = self._header(path, file.name)
                 columns = _check_columns(columns, names, event_time, file.name)
@@ -190,7 +226,240 @@ class Csv:
             yield batch
 
 
+@dataclass(frozen=True)
+class Sql:
+    """Rows of a table, a view or a query of a database.
+
+    Types are those that the table declares; of a query, those that its driver gives. Decimals become floats, UUIDs text.
+    The window is part of what is asked, in the type that the event time has there: a time with a zone, one without
+    (UTC), a date, or text in ISO 8601, which is all that SQLite has.
+    """
+
+    source: pack.SqlSource
+    folder: Path
+    connection: Connection | None = None
+
+    def read(self, window: Window, event_time: str) -> Iterator[pl.DataFrame]:
+        import sqlalchemy as sa
+
+        name = self._name()
+        with self._connected(name) as connection:
+            with self._asking(name):
+                rows, time = self._rows(connection, name, event_time)
+                sample = connection.scalar(rows.with_only_columns(time).where(time.is_not(None)).limit(1))
+                answer = connection.execution_options(yield_per=SQL_ROWS).execute(
+                    rows.where(_asked(time, sample, window))
+                )
+                names, batches = list(answer.keys()), answer.partitions()
+            while True:
+                with self._asking(name):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield _in_window(_typed(batch, names, event_time, name), window, event_time, name)
+
+    def _rows(self, connection: sa.Connection, name: str, event_time: str) -> tuple[sa.Select[Any], Any]:
+        """A statement for all rows, and the event time as the database has it."""
+        import sqlalchemy as sa
+
+        if self.source.query is not None:
+            # A colon in it begins no parameter of ours; a comment may end its last line.
+            query = self.source.query.strip().rstrip(";").replace(":", r"\:")
+            rows = sa.select(sa.text("*")).select_from(sa.text(f"(\n{query}\n) AS source"))
+            names = list(connection.execute(rows.where(sa.false())).keys())
+            time: Any = sa.column(event_time)
+        else:
+            schema, _, table = str(self.source.table).rpartition(".")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", sa.exc.SAWarning)  # a type that is not known is as its driver gives it
+                try:
+                    found = sa.Table(
+                        table, sa.MetaData(), schema=schema or None, autoload_with=connection, resolve_fks=False
+                    )
+                except sa.exc.NoSuchTableError:
+                    inspector = sa.inspect(connection)
+                    known = [
+                        *inspector.get_table_names(schema or None),
+                        *inspector.get_view_names(schema or None),
+                    ]
+                    raise SourceError(f"{name} does not exist", fix=nearest(table, known)) from None
+            rows, names = sa.select(found), list(found.columns.keys())
+            time = found.columns.get(event_time)
+        partitions.require_columns(names, (event_time,), name)
+        if twice := sorted({column for column in names if names.count(column) > 1}):
+            raise SourceError(f"{name}: column {twice[0]!r} is there twice", fix="name each column of the query")
+        return rows, sa.type_coerce(time, sa.types.NullType())
+
+    def _url(self) -> sa.URL:
+        import sqlalchemy as sa
+
+        if self.source.url is not None:
+            url = sa.make_url(self.source.url)
+        else:
+            told = self.connection
+            assert told is not None, "open_source found it"
+            is_file = told.kind == "sqlite"
+            url = sa.URL.create(
+                DRIVERS.get(told.kind, told.kind),
+                username=told.login or None,
+                password=told.password or None,
+                host=None if is_file else told.host or None,
+                port=told.port,
+                database=(told.schema or told.host if is_file else told.schema) or None,
+                query={key: str(value) for key, value in told.extra.items()},
+            )
+        if url.get_backend_name() == "sqlite":
+            file = self.folder / (url.database or "")
+            if not file.is_file():  # SQLite would make it
+                raise SourceError(f"{file} does not exist", fix="check source in pack.yaml: it names an SQLite file")
+            url = url.set(database=str(file))
+        return url
+
+    def _name(self) -> str:
+        """As messages call it."""
+        what = f"table {self.source.table}" if self.source.table else "the query"
+        where = f"{self.connection.name} ({self.connection.place})" if self.connection else self.source.url
+        return f"{what} of {where}"
+
+    @contextmanager
+    def _connected(self, name: str) -> Iterator[sa.Connection]:
+        """A connection for one reading. Nothing is ever committed."""
+        import sqlalchemy as sa
+
+        with self._asking(name):
+            try:
+                url = self._url()
+                waits = {"connect_timeout": CONNECT_S} if url.get_driver_name() in CONNECT_DRIVERS else {}
+                engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args=waits)
+            except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ModuleNotFoundError) as error:
+                raise SourceError(
+                    f"{name}: SQLAlchemy has no driver for it: {error}",
+                    fix="install the driver beside Evergreen, or check the type of the connection or the URL",
+                ) from error
+            try:
+                connection = engine.connect()
+            except sa.exc.DBAPIError as error:
+                words = self._words(error)
+                raise UnreachableError(f"{name} cannot be reached: {words}", fix=NETWORK) from error
+        with connection:
+            yield connection
+
+    @contextmanager
+    def _asking(self, name: str) -> Iterator[None]:
+        import sqlalchemy as sa
+
+        try:
+            yield
+        except SourceError:
+            raise
+        except sa.exc.DBAPIError as error:
+            words = self._words(error)
+            if error.connection_invalidated:
+                raise UnreachableError(f"{name}: the connection broke: {words}", fix=NETWORK) from error
+            raise SourceError(f"{name} cannot be read: {words}", fix=ASKED) from error
+        except Exception as error:
+            raise SourceError(f"{name} cannot be read: {self._words(error)}", fix=ASKED) from error
+
+    def _words(self, error: Exception) -> str:
+        """What the database says, on one line, without the statement and without secrets."""
+        said = " ".join(str(getattr(error, "orig", None) or error).split())[:300] or type(error).__name__
+        return self.connection.without_secrets(said) if self.connection else said
+
+
+def _asked(time: Any, sample: Any, window: Window) -> Any:
+    """The window as a condition on `time`, in the type of a sample of it; rows without a time belong to it.
+
+    It may let more through, which `_in_window` sees to: a date is a whole day, and text may have an offset.
+    """
+    import sqlalchemy as sa
+
+    kind: Any
+    start: Any = window.start
+    end: Any = window.end
+    if isinstance(sample, datetime) and sample.tzinfo is not None:
+        kind = sa.DateTime(timezone=True)
+    elif isinstance(sample, datetime):
+        kind, start, end = sa.DateTime(), start.replace(tzinfo=None), end.replace(tzinfo=None)
+    elif isinstance(sample, date):
+        kind, start, end = sa.Date(), start.date(), end.date() + timedelta(days=1)
+    elif isinstance(sample, str):
+        kind, start, end = sa.String(), str(start.date() - timedelta(days=1)), str(end.date() + timedelta(days=2))
+    else:
+        return sa.true()  # no time at all: the first row says so
+    bounds = sa.and_(time >= sa.bindparam("start", start, kind), time < sa.bindparam("end", end, kind))
+    return sa.or_(bounds, time.is_(None))
+
+
+def _typed(rows: Sequence[Sequence[Any]], names: list[str], event_time: str, where: str) -> pa.RecordBatch:
+    """Rows of Python objects as columns of one type each; an event time that is text is read as ISO 8601."""
+    import polars as pl
+    import pyarrow as pa
+
+    columns = []
+    for name, values in zip(names, zip(*rows, strict=True), strict=True):
+        kinds = set(map(type, values)) - {type(None)}
+        column: list[Any] = list(values)
+        if kinds <= {int, float, Decimal} and len(kinds - {int}) > 0:
+            column = [None if value is None else float(value) for value in values]
+        elif kinds == {UUID}:
+            column = [None if value is None else str(value) for value in values]
+        elif kinds == {datetime}:
+            column = [None if value is None else _in_utc(value) for value in values]
+        elif len(kinds) > 1:
+            shown = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise SourceError(
+                f"{where}: column {name!r} holds values of several types: {shown}", fix="cast it to one in a query"
+            )
+        try:
+            series = pl.Series(name, column, strict=True)
+        except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
+            raise SourceError(
+                f"{where}: column {name!r}: {error}", fix="cast it in a query, or leave it out"
+            ) from error
+        arrow = series.to_arrow(compat_level=pl.CompatLevel.oldest())
+        if name == event_time and kinds == {str}:
+            arrow = arrow.cast(pa.string())
+            arrow = _cast(arrow, _type_of(arrow))
+        columns.append(arrow)
+    return pa.record_batch(columns, names=names)
+
+
+def _in_utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
 # Files.
+
+
+def _options(path: str, connection: Connection) -> dict[str, Any]:
+    """What an Airflow connection says to fsspec about the file system of `path`. Raises SourceError."""
+    protocol = path.partition("://")[0]
+    if protocol in S3:
+        told = {**connection.extra}
+        options = {
+            "key": connection.login or None,
+            "secret": connection.password or None,
+            "token": told.pop("aws_session_token", None),
+            "endpoint_url": told.pop("endpoint_url", None),
+            "client_kwargs": {"region_name": told.pop("region_name", None)},
+        }
+        if told:
+            raise SourceError(
+                f"connection {connection.name!r}: {', '.join(sorted(told))} of its extra is not understood",
+                fix="give key and secret, and in extra region_name, endpoint_url, aws_session_token; for another way "
+                "of signing in leave source.connection out: AWS's own variables and roles then count",
+            )
+        return options
+    if protocol in HTTP:
+        import aiohttp
+
+        signs_in = {"auth": aiohttp.BasicAuth(connection.login, connection.password or "")} if connection.login else {}
+        headers = {name: str(value) for name, value in connection.extra.items()}
+        return {"client_kwargs": {**signs_in, "headers": headers}}
+    raise SourceError(
+        f"connection {connection.name!r}: {protocol}:// takes its credentials from the environment",
+        fix="leave source.connection out of pack.yaml; it serves s3:// and http(s)://",
+    )
 
 
 @dataclass(frozen=True)
@@ -218,16 +487,18 @@ class _File:
         return urlsplit(self.path).path if self.is_http else self.path
 
 
-def _files(path: str, folder: Path) -> list[_File]:
+def _files(path: str, folder: Path, options: Mapping[str, Any]) -> list[_File]:
     """The files that `path` means, in the order of their names. Raises SourceError when there is none."""
     import fsspec
 
     url = path if "://" in path or "::" in path else str(folder / path)
     shown = _shown(url)
     with _reading(shown, NETWORK):
-        system, inside = fsspec.core.url_to_fs(
-            url, **({"get_client": _client} if url.startswith(("http:", "https:")) else {})
-        )
+        protocol = url.partition("://")[0]
+        own: dict[str, Any] = {"get_client": _client} if protocol in HTTP else {}
+        if protocol in S3:
+            own["use_listings_cache"] = False  # what was there a run ago need not be now
+        system, inside = fsspec.core.url_to_fs(url, **own, **options)
         file = _File(system, inside, shown)
         magic = "*[" if file.is_http else "*?["  # in a URL, `?` begins the query
         if not set(magic) & set(inside):
@@ -268,10 +539,10 @@ def _require_readable(pattern: str) -> None:
 
 def _shown(url: str) -> str:
     """A URL without its password, and over HTTP without its query, which may be a signature; a path as it is."""
-    if "://" not in url or "::" in url:
+    if "://" not in url:
         return url
     parts = urlsplit(url)
-    shown = url.replace(f":{parts.password}@", ":***@", 1) if parts.password else url
+    shown = masked(url)
     return f"{shown.partition('?')[0]}?…" if parts.query and parts.scheme in HTTP else shown
 
 
@@ -318,8 +589,8 @@ def _sends_parts(file: _File) -> bool:
 
 def _edition(file: _File) -> list[Any]:
     """What a server says of which file it is; of an open local file nothing is needed, since it stays what it is."""
-    info = file.system.info(file.path) if file.is_http else {}
-    return [info.get(name) for name in ("size", "ETag", "Last-Modified")]
+    info = {} if file.is_local else file.system.info(file.path)
+    return [info.get(name) for name in ("size", "ETag", "Last-Modified", "LastModified")]
 
 
 @contextmanager
@@ -356,6 +627,7 @@ def _reading(name: str, fix: str) -> Iterator[None]:
     except Exception as error:
         said = (getattr(each, "status", None) for each in (error, error.__cause__))
         status = next((code for code in said if isinstance(code, int)), None)
+        kind = UnreachableError if _is_passing(error, status) else SourceError
         if status is not None:  # an HTTP server's; its words may hold the URL
             what = f"{name} cannot be read: the server answers {status}"
             fix = NETWORK if status < 500 else "run again when the server is well"
@@ -369,10 +641,23 @@ def _reading(name: str, fix: str) -> Iterator[None]:
             what = f"{name} cannot be fetched: the disk of {tempfile.gettempdir()} is full"
             fix = "make room there, or point TMPDIR at a larger disk"
         else:
-            if type(error).__module__.partition(".")[0] in ("aiohttp", "fsspec"):
+            if kind is UnreachableError or type(error).__module__.partition(".")[0] in REMOTE:
                 fix = NETWORK  # the file need not be to blame
             what = f"{name} cannot be read: {' '.join(str(error).split())[:300] or type(error).__name__}"
-        raise SourceError(what, fix=fix) from error
+        raise kind(what, fix=fix) from error
+
+
+def _is_passing(error: BaseException, status: int | None) -> bool:
+    """Whether it may go well the next time: a server that is away, overloaded or unwell."""
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    causes = (error, error.__cause__, error.__context__)
+    return any(
+        isinstance(each, ConnectionError | TimeoutError)
+        or (isinstance(each, OSError) and each.errno in (errno.EBUSY, errno.EIO, errno.ETIMEDOUT))
+        or (type(each).__module__.partition(".")[0] in REMOTE and type(each).__name__ in PASSING)
+        for each in causes
+    )
 
 
 # Rows.

@@ -14,7 +14,8 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from evergreen import database as db
 from evergreen import keys
-from evergreen.errors import PackError, RegistryError, SourceError, TrainingError, ValidationError
+from evergreen.errors import PackError, RegistryError, SourceError, TrainingError, UnreachableError, ValidationError
+from evergreen.orchestration.connections import connection
 from evergreen.pack import Pack, load, parse_instant
 from evergreen.run import Ingested, Run, Validated, Value
 from evergreen.settings import Settings
@@ -24,7 +25,7 @@ REASONS = {"scheduled": "the schedule", "backfill": "a backfill", "asset_trigger
 """Why a run exists, by Airflow's run type; a person asked for every other."""
 
 FINAL = (PackError, SourceError, ValidationError, TrainingError)
-"""Mistakes that trying again does not mend."""
+"""Mistakes that trying again does not mend; a source that is away for a moment is none."""
 
 
 @functools.cache
@@ -57,6 +58,8 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
         given = {name: kind.model_validate(values[name]) for name, kind in takes.items()}
         try:
             value = CHAIN[stage](current_run(pack.name, get_current_context(), kind), **given)
+        except UnreachableError:
+            raise
         except FINAL as error:
             raise AirflowFailException(str(error)) from error
         return value.model_dump(mode="json")
@@ -180,4 +183,5 @@ def current_run(pack_name: str, context: Any, kind: Literal["run", "watch"] = "r
         reason=params.get("reason") or REASONS.get(run_type, "a person asked"),
         force=bool(params.get("force")),
         kind=kind,
+        connect=connection,
     )

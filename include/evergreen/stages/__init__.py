@@ -57,7 +57,7 @@ def ingest(run: Run) -> Ingested:
     known from an earlier look at the same source are read again within `lookback` only.
     """
     pack, store = run.pack, Store(run.settings)
-    source = {"source": pack.source.model_dump(mode="json"), "data": reading.how(pack), "code": pack.code_hash}
+    source = {"source": reading.what(run), "data": reading.how(pack), "code": pack.code_hash}
     inputs = {"run": run.id, "as_of": run.as_of.isoformat(), "source": digest(source)}
 
     def act() -> Ingested:

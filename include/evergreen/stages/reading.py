@@ -29,6 +29,14 @@ def how(pack: Pack) -> dict[str, Any]:
     return {"event_time": pack.data.event_time, "target": pack.data.target, "partition": pack.data.partition}
 
 
+def what(run: Run) -> dict[str, Any]:
+    """What the rows are read from: the pack's words, and where its connection leads now; never its secrets."""
+    source = run.pack.source
+    said = source.model_dump(mode="json", exclude_none=True)
+    name = said.get("connection")
+    return {**said, "place": run.connect(name).place} if name else said
+
+
 def known_manifest(run: Run, source: str, store: Store) -> Manifest | None:
     """What the newest earlier look at the same source saw, if that look's as-of was not after this one's.
 
@@ -109,7 +117,7 @@ def frames(run: Run, window: Window) -> Iterator[pl.DataFrame]:
     """The source's rows within `window`; a Python source is read by a job of its own."""
     pack = run.pack
     if not isinstance(pack.source, PythonSource):
-        yield from sources.open_source(pack.source, pack.folder).read(window, pack.data.event_time)
+        yield from sources.open_source(pack.source, pack.folder, run.connect).read(window, pack.data.event_time)
         return
     job_id = job_id_of(run, "read", {"run": run.id, "window": window.model_dump(mode="json"), "code": pack.code_hash})
     spec = job_spec(run, "read", job_id, call=pack.source.call, window=window)
