@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.servers import MissingError, Postgres
+from tests.servers import S3, MissingError, Postgres
 from xdist.scheduler import LoadFileScheduling
 
 AIRFLOWS = {
@@ -44,6 +44,16 @@ def postgres() -> Iterator[Postgres]:
         pytest.skip(str(missing))
     try:
         server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 service, made once for all tests of this process that ask for it."""
+    server = S3()
+    try:
         yield server
     finally:
         server.stop()

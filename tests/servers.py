@@ -10,8 +10,11 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 
@@ -116,3 +119,80 @@ class Postgres:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", **self._user)
         if done.returncode:
             raise RuntimeError(f"{tool} failed:\n{done.stdout[-1000:]}{done.stderr[-1000:]}")
+
+
+class S3:
+    """An S3 service in this process: moto's, whose buckets are in memory."""
+
+    def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+        from werkzeug.serving import make_server
+
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=MotoRequestHandler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.port}"
+        self.ills = 0
+        """So many requests to come are answered 503."""
+        self.asked: list[tuple[str, str]] = []
+        """Method and path of each request."""
+        self.ranges = 0
+        """How many bytes were asked for as parts of objects."""
+        self._made = 0
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        self.asked.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+        if environ["REQUEST_METHOD"] == "GET" and (part := environ.get("HTTP_RANGE")):
+            first, last = part.removeprefix("bytes=").split("-")
+            self.ranges += int(last) - int(first) + 1
+        if self.ills:
+            self.ills -= 1
+            start_response("503 Slow Down", [("Content-Length", "0")])
+            return []
+        return self._moto(environ, start_response)  # type: ignore[no-any-return]
+
+    def environment(self) -> dict[str, str]:
+        """What its clients need of the environment."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "evergreen",
+            "AWS_SECRET_ACCESS_KEY": "not so secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def bucket(self) -> str:
+        """The name of a new bucket."""
+        self._made += 1
+        self.client().create_bucket(Bucket=f"evergreen-{self._made}")
+        return f"evergreen-{self._made}"
+
+    def client(self) -> Any:
+        """A stock client."""
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            aws_access_key_id="evergreen",
+            aws_secret_access_key="not so secret",
+            region_name="us-east-1",
+        )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody's key is known."""
+        import httpx
+
+        httpx.post(f"{self.url}/moto-api/reset-auth", content="0")
+        try:
+            yield
+        finally:
+            httpx.post(f"{self.url}/moto-api/reset-auth", content="inf")
+
+    def stop(self) -> None:
+        """Stop it for good."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()

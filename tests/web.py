@@ -1,4 +1,4 @@
-"""A web server of a folder, on loopback, that can be as unwell as real ones are."""
+"""A web server of a folder, on loopback, which takes files too, and can be as unwell as real ones are."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Web(ThreadingHTTPServer):
         self.folder = folder
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.ills: dict[str, int | str] = {}
+        self.needs: dict[str, str] = {}
+        """Headers that a request must have, or be answered 401."""
         self.ranges = True
         """Whether a part of a file is sent when asked for, not all of it."""
         self.listing = "text/html"
@@ -56,12 +58,52 @@ class _Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def _may(self) -> bool:
+        return all(self.headers.get(name) == value for name, value in self.server.needs.items())
+
+    def do_PUT(self) -> None:
+        """Keeps the file, whole or not at all, whether its length is said or it comes in chunks."""
+        body = b""
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+        self._change(HTTPStatus.CREATED, body)
+
+    def do_DELETE(self) -> None:
+        """Removes the file."""
+        self._change(HTTPStatus.NO_CONTENT, None)
+
+    def _change(self, status: HTTPStatus, body: bytes | None) -> None:
+        path = unquote(urlsplit(self.path).path)
+        ill = self.server.ills.get(path)
+        place = self.server.folder / path.lstrip("/")
+        if not self._may():
+            status = HTTPStatus.UNAUTHORIZED
+        elif isinstance(ill, int):
+            status = HTTPStatus(ill)
+        elif body is None:
+            place.unlink()
+        else:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            part = place.with_name(f"{place.name}.{threading.get_ident()}")
+            part.write_bytes(body)
+            part.replace(place)
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def _answer(self) -> None:
         self.server.asked.append(self.path)
         path = unquote(urlsplit(self.path).path)
         ill = self.server.ills.get(path)
         place = self.server.folder / path.lstrip("/")
-        if isinstance(ill, int):
+        if not self._may():
+            self.send_error(HTTPStatus.UNAUTHORIZED)
+        elif isinstance(ill, int):
             self.send_error(ill)
         elif place.is_dir():
             names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in sorted(place.iterdir())]

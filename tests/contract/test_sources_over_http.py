@@ -1,5 +1,6 @@
 """Sources read over HTTP from a real server: well, unwell, and replaced behind the reader's back."""
 
+import dataclasses
 import gzip
 import re
 import subprocess
@@ -16,8 +17,8 @@ from tests.web import serving
 
 from evergreen import pack
 from evergreen.data import sources
-from evergreen.errors import SourceError
-from evergreen.run import Window
+from evergreen.errors import SourceError, UnreachableError
+from evergreen.run import Connection, Window
 
 START = datetime(2013, 1, 1, tzinfo=UTC)
 WEEK = Window(start=START, end=START + timedelta(days=7))
@@ -57,14 +58,15 @@ def save(web, kind, days=range(3)):
         SAVE[kind](rows(day), web.folder / f"{day}.{kind}")
 
 
-def read(kind, path, folder="."):
-    source = {"parquet": pack.ParquetSource, "csv": pack.CsvSource}[kind].model_validate({"kind": kind, "path": path})
-    return pl.concat(sources.open_source(source, folder).read(WEEK, "t"))
+def read(kind, path, folder=".", connection=None):
+    said = {"kind": kind, "path": path, **({"connection": connection.name} if connection else {})}
+    source = sources.open_source(pack.SOURCES[kind].model_validate(said), folder, lambda _name: connection)
+    return pl.concat(source.read(WEEK, "t"))
 
 
-def refusal(kind, path):
+def refusal(kind, path, connection=None):
     with pytest.raises(SourceError) as caught:
-        read(kind, path)
+        read(kind, path, connection=connection)
     return caught.value
 
 
@@ -159,9 +161,37 @@ def test_a_signature_is_sent_and_not_shown(web):
     assert "/a.csv.gz?signature=s3cret" in web.asked
     for path, status in (("a.csv.gz", 403), ("b.csv", 404)):
         web.ills[f"/{path}"] = status
-        error = refusal("csv", web.url.replace("//", "//me:hush@") + f"/{path}?signature=s3cret")
-        assert f"me:***@127.0.0.1:{web.server_port}/{path}?…" in error.what
-        assert not re.search("s3cret|hush", str(error))
+        error = refusal("csv", f"{web.url}/{path}?signature=s3cret")
+        assert f"127.0.0.1:{web.server_port}/{path}?…" in error.what
+        assert "s3cret" not in str(error)
+
+
+@every_kind
+def test_a_connection_signs_in(kind, web):
+    """Login and password of an Airflow connection, and its extra as headers, go with every request, and into no message."""
+    save(web, kind)
+    web.needs = {"Authorization": "Basic bWU6aHVzaA==", "X-Team": "flights"}
+    shop = Connection(name="shop", kind="http", login="me", password="hush", extra={"X-Team": "flights"})
+    assert read(kind, f"{web.url}/*.{kind}", connection=shop).height == 6000
+    error = refusal(kind, f"{web.url}/0.{kind}", connection=dataclasses.replace(shop, password="shush"))
+    assert "the server answers 401" in error.what
+    assert "credentials" in error.fix
+    assert not re.search("hush|flights", str(error))
+
+
+@every_kind
+@pytest.mark.parametrize(("ill", "again"), [(404, False), (403, False), (429, True), (503, True), ("cut", True)])
+def test_what_may_pass_is_told_from_what_will_not(kind, ill, again, web):
+    """A task tries again where the server is unwell, and not where the address or the credentials are wrong."""
+    save(web, kind)
+    web.ills[f"/1.{kind}"] = ill
+    assert isinstance(refusal(kind, f"{web.url}/*.{kind}"), UnreachableError) == again
+
+
+@every_kind
+def test_a_server_that_is_away_may_come_back(kind):
+    """Nobody listens: an error that a task tries again."""
+    assert isinstance(refusal(kind, f"http://127.0.0.1:9/a.{kind}"), UnreachableError)
 
 
 def test_only_the_row_groups_of_the_window_are_fetched(web):
