@@ -1,10 +1,13 @@
 """What every test may ask for."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.remotes import Bucket, Remote, Site
 from tests.servers import S3, MissingError, Postgres
+from tests.web import serving
 from xdist.scheduler import LoadFileScheduling
 
 AIRFLOWS = {
@@ -65,3 +68,17 @@ def url(request: pytest.FixtureRequest, tmp_path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'events.db'}"
     return str(request.getfixturevalue("postgres").database())
+
+
+@pytest.fixture
+def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
+    """The remote of `store`: a folder, or what a test's parameter says."""
+    kind = getattr(request, "param", "folder")
+    if kind == "s3":
+        yield Bucket(request.getfixturevalue("s3"), monkeypatch)
+    elif kind == "http":
+        (tmp_path / "home" / "remote").mkdir(parents=True)
+        with serving(tmp_path / "home" / "remote") as web:
+            yield Site(web, monkeypatch, tmp_path)
+    else:
+        yield Remote(tmp_path / "home" / "remote")

@@ -20,7 +20,7 @@ class Web(ThreadingHTTPServer):
     """Serves `folder`, a page of links for each folder in it; its attributes may be changed while it runs.
 
     `ills` gives what is wrong with paths: a status such as 500; `cut`, the connection ends halfway; `cut chunks`, the
-    same where the length was not said; `still`, half comes and then nothing.
+    same where the length was not said; `still`, half comes and then nothing; or a list of statuses that come first.
     """
 
     daemon_threads = True
@@ -29,7 +29,7 @@ class Web(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.folder = folder
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.ills: dict[str, int | str] = {}
+        self.ills: dict[str, int | str | list[int]] = {}
         self.needs: dict[str, str] = {}
         """Headers that a request must have, or be answered 401."""
         self.ranges = True
@@ -101,6 +101,8 @@ class _Answer(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         ill = self.server.ills.get(path)
         place = self.server.folder / path.lstrip("/")
+        if isinstance(ill, list):
+            ill = ill.pop() if ill else None
         if not self._may():
             self.send_error(HTTPStatus.UNAUTHORIZED)
         elif isinstance(ill, int):

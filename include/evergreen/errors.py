@@ -99,7 +99,8 @@ class AlertError(EvergreenError):
 
 def masked(url: str) -> str:
     """A URL, or a text with some, without passwords."""
-    return re.sub(r"(?<=://)([^/?#@:\s]*):[^/?#\s]+@", r"\1:***@", url)
+    url = re.sub(r"(?<=://)([^/?#@:\s]*):[^/?#\s]+@", r"\1:***@", url)
+    return re.sub(r"([?&](?:password|passwd|pwd)=)[^&#\s]*", r"\1***", url)
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

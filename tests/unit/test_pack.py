@@ -276,3 +276,25 @@ def test_a_wrong_policy_is_refused_as_a_pack_is(tmp_path, text, what, fix):
     assert caught.value.what.startswith(str(file))
     assert what in caught.value.what
     assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'kind: csv, path: "https://me:hush@example.com/a.csv"',
+        'kind: parquet, path: "filecache::https://me:hush@example.com/a.parquet"',
+        'kind: sql, url: "postgresql://me:hush@example.com/a", table: a',
+        'kind: sql, url: "postgresql://example.com/a?user=me&password=hush", table: a',
+    ],
+)
+def test_a_password_in_a_source_is_refused_and_not_repeated(source, tmp_path):
+    """A pack is in git: the fix is a connection, and the message may go into a log."""
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "model.py").write_text("")
+    (tmp_path / "wrong" / "pack.yaml").write_text(
+        f"description: A model\nowner: me\nsource: {{{source}}}\ndata: {{target: y, event_time: t}}\n"
+        'training: {call: "model:train"}\ngate: {primary: {metric: roc_auc}}\n'
+    )
+    with pytest.raises(PackError, match="holds a password: make an Airflow connection of it") as caught:
+        Pack.load(tmp_path / "wrong")
+    assert "hush" not in str(caught.value)

@@ -6,7 +6,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +13,17 @@ from rich.markup import escape
 from rich.text import Text
 
 from evergreen import keys
-from evergreen.cli.terminal import AsJson, AsOf, PackName, Since, duration, minute, out, plain_table, show_json
+from evergreen.cli.terminal import (
+    AsJson,
+    AsOf,
+    PackName,
+    Since,
+    duration,
+    minute,
+    out,
+    plain_table,
+    show_json,
+)
 from evergreen.errors import EvergreenError, SourceError
 from evergreen.pack import DriftRules, Pack, load, parse_instant
 from evergreen.run import Ingested, Manifest, Run, Validated, Window, count, floor
@@ -79,7 +88,7 @@ def _begin(settings: Settings, pack: Pack, as_of: datetime | None) -> Run:
         scheduled=now,
         reason="a person asked",
         kind="watch",
-        connect=partial(connection_of, settings),
+        connect=connection_of,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +94,7 @@ def check(
     results = []
     with tempfile.TemporaryDirectory(prefix="evergreen-check-") as folder:
         instant = parse_instant(as_of) if as_of else None
-        for law in check_pack(settings, loaded, Path(folder), instant, partial(connection_of, settings)):
+        for law in check_pack(settings, loaded, Path(folder), instant, connection_of):
             results.append(
                 {"law": law.name, "holds": law.holds, "detail": law.detail, "seconds": round(law.seconds, 2)}
             )

@@ -240,7 +240,6 @@ class Sql:
     connection: Connection | None = None
 
     def read(self, window: Window, event_time: str) -> Iterator[pl.DataFrame]:
-        import sqlalchemy as sa
 
         name = self._name()
         with self._connected(name) as connection:

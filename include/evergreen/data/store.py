@@ -29,6 +29,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ PAUSE_S = 0.15
 GIT_TIMEOUT_S = 120
 PROTECTED = 0o444
 """The mode of stored files: DVC trusts them without hashing them again."""
+HTTP = ("http", "https")
 REMOTE = "store"
 """The DVC remote's name: credentials go under it, as in `dvc remote modify --global store …`."""
 MAIN = "main"
@@ -424,12 +426,13 @@ class _Remote:
         from dvc.fs import get_cloud_fs
         from dvc_data.hashfile.db import get_odb
 
-        make, options, root = get_cloud_fs(Config(config={"remote": {REMOTE: {"url": url}}}), name=REMOTE)
+        make, options, root = get_cloud_fs(Config(config={"remote": {REMOTE: _remote_of(url)}}), name=REMOTE)
         self._fs = make(**options)
         self._db = get_odb(self._fs, self._fs.join(root, "files", "md5"), hash_name="md5", **options)
 
     def missing(self, hashes: Collection[str]) -> set[str]:
         """Which of these the remote lacks: asked of the remote itself, never of a local index."""
+        self._fs.fs.invalidate_cache()
         return set(hashes) - set(self._db.oids_exist(list(hashes)))
 
     def sizes(self, hashes: Collection[str]) -> dict[str, int]:
@@ -474,9 +477,24 @@ class _Remote:
 
     def remove(self, hashes: Collection[str]) -> None:
         """Remove the objects."""
+        delete = self._delete_over_http if self._fs.protocol in HTTP else self._db.delete
         for md5 in hashes:
             with suppress(FileNotFoundError):
-                self._db.delete(md5)
+                delete(md5)
+
+    def _delete_over_http(self, md5: str) -> None:
+        """What DVC does not do: to it an HTTP remote only grows."""
+        from fsspec.asyn import sync
+
+        web = self._fs.fs
+
+        async def delete() -> None:
+            session = await web.set_session()
+            async with session.delete(self._db.oid_to_path(md5)) as answer:
+                if answer.status != HTTPStatus.NOT_FOUND:
+                    answer.raise_for_status()
+
+        sync(web.loop, delete)
 
 
 @dataclass(frozen=True)
@@ -688,13 +706,18 @@ def _said(tip: str, clone: Path) -> list[str]:
     return _git("log", "--reverse", "--format=%B%x00", tip, cwd=clone).decode().replace("\n", "").split("\0")[:-1]
 
 
+def _remote_of(url: str) -> dict[str, str]:
+    """What DVC is told of the remote. Over HTTP, objects are PUT, as every WebDAV server takes them."""
+    return {"url": url, **({"method": "PUT"} if url.startswith(tuple(f"{name}://" for name in HTTP)) else {})}
+
+
 def _dvc_files(remote: str) -> dict[str, bytes]:
     """What makes a git tree a DVC repository whose default remote is `remote`."""
     config = (
         f"[core]\n    analytics = false\n    remote = {REMOTE}\n"
         '[cache]\n    type = "reflink,hardlink,symlink,copy"\n'
-        f'[\'remote "{REMOTE}"\']\n    url = "{remote}"\n'
-    )
+        f"['remote \"{REMOTE}\"']\n"
+    ) + "".join(f'    {name} = "{value}"\n' for name, value in _remote_of(remote).items())
     return {
         ".dvc/config": config.encode(),
         ".dvc/.gitignore": b"/config.local\n/tmp\n/cache\n",

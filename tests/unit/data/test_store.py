@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import http.server
 import json
 import os
 import subprocess
@@ -15,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from tests.remotes import Remote, object_of
 
-from evergreen.data.store import ATTEMPTS, Store
+from evergreen.data.store import Store
 from evergreen.errors import StoreError
 from evergreen.run import Ref
 from evergreen.settings import Settings
@@ -35,8 +35,8 @@ def store_at(home: Path, **places: str) -> Store:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return store_at(tmp_path / "home")
+def store(tmp_path: Path, remote: Remote) -> Store:
+    return store_at(tmp_path / "home", data_remote=remote.url)
 
 
 @pytest.fixture
@@ -44,9 +44,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "home" / "cache"
 
 
-@pytest.fixture
-def remote(tmp_path: Path) -> Path:
-    return tmp_path / "home" / "remote"
+every_remote = pytest.mark.parametrize("remote", ["folder", "http", "s3"], indirect=True)
 
 
 @pytest.fixture
@@ -61,10 +59,6 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "folder" / "a.txt").write_text("hello")
     (tmp_path / "folder" / "sub" / "b.txt").write_text("world")
     return tmp_path / "folder"
-
-
-def object_of(place: Path, ref: Ref) -> Path:
-    return place / "files" / "md5" / ref.hash[:2] / ref.hash[2:]
 
 
 def files_under(place: Path) -> list[str]:
@@ -150,6 +144,7 @@ def test_a_folder_lists_its_files(store: Store, folder: Path) -> None:
     assert listing == {"a.txt": HELLO, "sub/b.txt": Ref(hash="7d793037a0760186574b0282f2f435e7", size=5)}
 
 
+@every_remote
 def test_a_folder_lists_its_files_from_afar(store: Store, folder: Path, cache: Path) -> None:
     """Sizes are known without pulling the files."""
     ref = store.put(folder)
@@ -190,6 +185,7 @@ def test_what_is_not_there_cannot_be_put(store: Store, tmp_path: Path) -> None:
 # The remote
 
 
+@every_remote
 def test_a_pushed_object_survives_the_cache(store: Store, cache: Path) -> None:
     """Put and pushed on one machine, read on another."""
     ref = store.put_bytes(b"hello")
@@ -198,6 +194,7 @@ def test_a_pushed_object_survives_the_cache(store: Store, cache: Path) -> None:
     assert store.read_bytes(ref) == b"hello"
 
 
+@every_remote
 def test_a_pushed_folder_survives_the_cache(store: Store, folder: Path, cache: Path, tmp_path: Path) -> None:
     """Pushing a folder pushes its files."""
     ref = store.put(folder)
@@ -208,22 +205,24 @@ def test_a_pushed_folder_survives_the_cache(store: Store, folder: Path, cache: P
     assert (tmp_path / "out" / "sub" / "b.txt").read_text() == "world"
 
 
-def test_pushing_again_writes_nothing(store: Store, remote: Path) -> None:
+@every_remote
+def test_pushing_again_writes_nothing(store: Store, remote: Remote) -> None:
     """An object that the remote holds is left alone."""
     ref = store.put_bytes(b"hello")
     store.push([ref])
-    before = object_of(remote, ref).stat().st_ino
+    remote.write(ref, b"as it was")
     store.push([ref])
-    assert object_of(remote, ref).stat().st_ino == before
+    assert remote.read(ref) == b"as it was"
 
 
-def test_the_remote_shares_no_bytes_with_the_cache(store: Store, cache: Path, remote: Path) -> None:
+def test_the_remote_shares_no_bytes_with_the_cache(store: Store, cache: Path, remote: Remote) -> None:
     """An altered cache leaves the remote whole."""
     store.push([store.put_bytes(b"hello")])
     alter(object_of(cache, HELLO))
-    assert object_of(remote, HELLO).read_bytes() == b"hello"
+    assert remote.read(HELLO) == b"hello"
 
 
+@every_remote
 def test_pushing_needs_no_cache_for_what_the_remote_holds(store: Store, cache: Path) -> None:
     """A later stage may push again what an earlier one stored from another machine."""
     ref = store.put_bytes(b"hello")
@@ -282,76 +281,59 @@ def test_a_commit_waits_for_its_objects(tmp_path: Path, unreachable: str) -> Non
     assert not (tmp_path / "home" / "data").exists()
 
 
-class _Shelf(http.server.BaseHTTPRequestHandler):
-    """An HTTP remote: what is posted, in chunks as DVC does, can be got; `faults` are the answers that come first."""
-
-    shelf: dict[str, bytes]
-    faults: list[int]
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        self.shelf[self.path] = body
-        self._answer(200, b"")
-
-    def do_GET(self) -> None:
-        if self.faults:
-            self._answer(self.faults.pop(), b"")
-        elif self.path in self.shelf:
-            self._answer(200, self.shelf[self.path])
-        else:
-            self._answer(404, b"")
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def _answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def shelf() -> Iterator[tuple[str, type[_Shelf]]]:
-    handler = type("Shelf", (_Shelf,), {"shelf": {}, "faults": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/store", handler
-        server.shutdown()
-        thread.join()
-
-
-def test_a_remote_may_be_any_that_dvc_knows(tmp_path: Path, folder: Path, shelf: tuple[str, type[_Shelf]]) -> None:
-    """Over HTTP, too, a folder is pushed, listed, pulled and verified."""
-    url, _ = shelf
-    ref = store_at(tmp_path / "here", data_remote=url).put(folder)
-    store_at(tmp_path / "here", data_remote=url).push([ref])
-    there = store_at(tmp_path / "there", data_remote=url)
+@every_remote
+def test_a_folder_goes_from_one_machine_to_another(tmp_path: Path, folder: Path, remote: Remote) -> None:
+    """Pushed here, it is listed, pulled and verified there."""
+    here = store_at(tmp_path / "here", data_remote=remote.url)
+    ref = here.put(folder)
+    here.push([ref])
+    there = store_at(tmp_path / "there", data_remote=remote.url)
     assert {name: file.size for name, file in there.listing(ref).items()} == {"a.txt": 5, "sub/b.txt": 5}
     there.checkout(ref, tmp_path / "out")
     assert (tmp_path / "out" / "a.txt").read_text() == "hello"
     assert there.verify(ref)
 
 
-def test_a_remote_that_fails_is_asked_again(tmp_path: Path, shelf: tuple[str, type[_Shelf]], impatient: None) -> None:
+@pytest.mark.parametrize("remote", ["http", "s3"], indirect=True)
+def test_a_remote_that_fails_is_asked_again(store: Store, cache: Path, remote: Remote, impatient: None) -> None:
     """A passing fault of the remote is no fault of the run."""
-    url, handler = shelf
-    store = store_at(tmp_path / "here", data_remote=url)
     store.push([store.put_bytes(b"hello")])
-    lose(tmp_path / "here" / "cache")
-    handler.faults[:] = [403] * (ATTEMPTS - 1)
+    lose(cache)
+    remote.fail(HELLO)
     assert store.read_bytes(HELLO) == b"hello"
+
+
+@pytest.mark.parametrize("remote", ["http", "s3"], indirect=True)
+def test_a_remote_that_does_not_know_us_is_an_error(
+    tmp_path: Path, remote: Remote, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong credentials end in an error that names the remote and the setting, and no secret."""
+    store = store_at(tmp_path / "home", data_remote=remote.url)
+    with (
+        remote.locked(),
+        pytest.raises(StoreError, match=rf"the remote {remote.url}.*\n  fix: .*EVERGREEN_DATA_REMOTE") as caught,
+    ):
+        store.push([store.put_bytes(b"hello")])
+    assert "not so secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/store", "s3://evergreen/store"])
+def test_a_remote_where_nobody_listens_is_an_error(
+    tmp_path: Path, url: str, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pushing and reading give up, and neither takes an absent server for an absent object."""
+    for name, value in {"ENDPOINT_URL": "http://127.0.0.1:9", "MAX_ATTEMPTS": "1", "DEFAULT_REGION": "a"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "x")
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    monkeypatch.setattr("evergreen.data.store.ATTEMPTS", 2)
+    store = store_at(tmp_path / "home", data_remote=url)
+    with pytest.raises(StoreError, match=f"cannot write to the remote {url}"):
+        store.push([store.put_bytes(b"hello")])
+    lose(tmp_path / "home" / "cache")
+    with pytest.raises(StoreError, match=f"cannot read from the remote {url}"):
+        store.read_bytes(HELLO)
 
 
 # Bytes that were altered
@@ -364,6 +346,7 @@ def test_a_whole_object_is_verified(store: Store, folder: Path) -> None:
     assert store.verify(ref)
 
 
+@every_remote
 def test_an_altered_cache_is_mended_from_the_remote(store: Store, cache: Path) -> None:
     """One bit turned in the cache is noticed, and the true bytes come back."""
     ref = store.put_bytes(b"hello")
@@ -385,48 +368,53 @@ def test_an_altered_folder_is_mended_from_the_remote(store: Store, folder: Path,
     assert victim.read_bytes() == whole
 
 
-def test_an_object_altered_everywhere_is_not_verified(store: Store, cache: Path, remote: Path) -> None:
+@every_remote
+def test_an_object_altered_everywhere_is_not_verified(store: Store, cache: Path, remote: Remote) -> None:
     """What is to be had intact nowhere is said to be lost, and its altered bytes are out of the way."""
     ref = store.put_bytes(b"hello")
     store.push([ref])
     alter(object_of(cache, ref))
-    alter(object_of(remote, ref))
+    remote.alter(ref)
     assert not store.verify(ref)
-    assert (object_of(cache, ref).exists(), object_of(remote, ref).exists()) == (False, False)
+    assert (object_of(cache, ref).exists(), remote.read(ref)) == (False, None)
 
 
-def test_an_object_altered_everywhere_can_be_made_again(store: Store, cache: Path, remote: Path) -> None:
+@every_remote
+def test_an_object_altered_everywhere_can_be_made_again(store: Store, cache: Path, remote: Remote) -> None:
     """After the stage has made it again, it is whole in both places."""
     ref = store.put_bytes(b"hello")
     store.push([ref])
     alter(object_of(cache, ref))
-    alter(object_of(remote, ref))
+    remote.alter(ref)
     store.verify(ref)
     store.push([store.put_bytes(b"hello")])
     assert store.verify(ref)
-    assert object_of(remote, ref).read_bytes() == b"hello"
+    assert remote.read(ref) == b"hello"
 
 
-def test_an_object_that_the_remote_lost_is_pushed_again(store: Store, folder: Path, remote: Path) -> None:
+@every_remote
+def test_an_object_that_the_remote_lost_is_pushed_again(store: Store, folder: Path, remote: Remote) -> None:
     """Verifying asks the remote too, file by file."""
     ref = store.put(folder)
     store.push([ref])
-    object_of(remote, HELLO).unlink()
+    remote.remove(HELLO)
     assert store.verify(ref)
-    assert object_of(remote, HELLO).read_bytes() == b"hello"
+    assert remote.read(HELLO) == b"hello"
 
 
+@every_remote
 def test_an_object_that_is_nowhere_is_not_verified(store: Store) -> None:
     """There is nothing to trust."""
     assert not store.verify(HELLO)
 
 
-def test_altered_bytes_are_never_pulled(store: Store, cache: Path, remote: Path) -> None:
+@every_remote
+def test_altered_bytes_are_never_pulled(store: Store, cache: Path, remote: Remote) -> None:
     """What the remote hands out under a hash that is not its own does not enter the cache."""
     ref = store.put_bytes(b"hello")
     store.push([ref])
     lose(cache)
-    alter(object_of(remote, ref))
+    remote.alter(ref)
     with pytest.raises(StoreError, match=ref.hash):
         store.path(ref)
     assert files_under(cache) == []
@@ -567,6 +555,7 @@ def test_a_commit_points_at_its_tree(store: Store, data: Path) -> None:
     ]
 
 
+@every_remote
 def test_a_committed_tree_is_in_the_remote(store: Store, cache: Path) -> None:
     """Another machine lists a snapshot by its hash alone."""
     commit = store.commit("flights", {"a": store.put_bytes(b"hello")}, tag_time=APRIL, message="April")
@@ -737,7 +726,7 @@ while True:
 """
 
 
-def test_a_killed_process_leaves_whole_objects_only(store: Store, tmp_path: Path, cache: Path, remote: Path) -> None:
+def test_a_killed_process_leaves_whole_objects_only(store: Store, tmp_path: Path, cache: Path, remote: Remote) -> None:
     """Killed in the midst of putting and pushing: what is there is whole, and a retry ends as if nothing had been."""
     source = tmp_path / "source"
     source.mkdir()
@@ -748,7 +737,7 @@ def test_a_killed_process_leaves_whole_objects_only(store: Store, tmp_path: Path
     undisturbed = worker.stdout.readline().strip()
     worker.kill()
     worker.communicate()
-    for place in (cache, remote):
+    for place in (cache, remote.place):
         for path in (place / "files" / "md5").glob("??/[!.]*"):
             assert hashlib.md5(path.read_bytes()).hexdigest() == f"{path.parent.name}{path.stem}"
     ref = store.put(source)
