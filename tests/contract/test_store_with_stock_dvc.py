@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from tests.remotes import Remote
 
 from evergreen.data.store import Commit, Store
 from evergreen.run import Ref
@@ -75,6 +76,17 @@ def test_a_clone_pulls_the_newest_snapshot(committed: tuple[str, Commit], elsewh
     assert contents(elsewhere / "clone" / "flights") == FILES | {"2013-04-01.parquet": b"monday"}
     assert run("git", "status", "--short", cwd=elsewhere / "clone") == ""
     assert "up to date" in run(DVC, "status", cwd=elsewhere / "clone")
+
+
+@pytest.mark.parametrize("remote", ["http", "s3"], indirect=True)
+def test_dvc_gets_a_snapshot_from_a_service(remote: Remote, tmp_path: Path, elsewhere: Path) -> None:
+    """Where the remote is a web server or a bucket, too: the user's credentials are all that `dvc get` needs."""
+    settings = Settings.from_env({"EVERGREEN_HOME": str(tmp_path / "home"), "EVERGREEN_DATA_REMOTE": remote.url})
+    store = Store(settings)
+    files = {name: store.put_bytes(content) for name, content in FILES.items()}
+    april = store.commit("flights", files, tag_time=datetime(2013, 4, 1, tzinfo=UTC), message="as of 2013-04-01")
+    run(DVC, "get", settings.data_repository, "flights", "--rev", april.tag, cwd=elsewhere)
+    assert contents(elsewhere / "flights") == FILES
 
 
 def test_a_folder_that_dvc_pushed_is_read(tmp_path: Path, elsewhere: Path) -> None:

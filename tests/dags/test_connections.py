@@ -19,6 +19,6 @@ def test_a_connection_is_airflows(monkeypatch):
 
 def test_a_connection_that_airflow_lacks_is_named():
     """The id, and the three ways to bring one in."""
-    with pytest.raises(SourceError, match="no connection 'lakes', which source.connection") as caught:
+    with pytest.raises(SourceError, match="no connection 'lakes', which") as caught:
         connection("lakes")
     assert "AIRFLOW_CONN_LAKES" in caught.value.fix
