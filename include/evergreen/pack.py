@@ -252,6 +252,31 @@ class Expectation(Part):
     arguments: dict[str, Any]
 
 
+def _bytes(value: object) -> object:
+    """`8g`, `512m` as bytes."""
+    found = re.fullmatch(r"(\d+)([mg])", value.strip()) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError("is no amount of memory: write a whole number and m or g, as in 8g")
+    return int(found[1]) * {"m": 2**20, "g": 2**30}[found[2]]
+
+
+class Container(Part):
+    """Jobs in containers of this machine's engine: isolated, and with packages of the pack's own."""
+
+    docker: str | None = Field(default=None, min_length=1)
+    """The image, which begins with Evergreen's own; none: Evergreen's own, which EVERGREEN_IMAGE names."""
+    memory: Annotated[int, BeforeValidator(_bytes)] = 8 * 2**30
+    """Bytes; a job that takes more is killed."""
+    cpus: float = Field(default=4.0, gt=0)
+    """At most so many, and no more than there are."""
+
+
+def _runtime(value: object) -> object:
+    if isinstance(value, str) and value not in ("process", "docker"):
+        raise ValueError("is no place to run in: write process, docker, or {docker: IMAGE}")
+    return {"process": None, "docker": {}}.get(value, value) if isinstance(value, str) else value
+
+
 class Training(Part):
     """The training function and what an operator may turn."""
 
@@ -260,6 +285,8 @@ class Training(Part):
     seed: int = Field(default=7, ge=0, lt=2**31)
     gpus: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
     timeout: Duration = timedelta(hours=2)
+    runtime: Annotated[Container | None, BeforeValidator(_runtime)] = None
+    """Where `train` and `score` jobs run: `process`, or `docker`, or a container in so many words. A source's `read` is a process: it needs a network."""
 
 
 class PrimaryRule(Part):

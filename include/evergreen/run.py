@@ -274,6 +274,8 @@ class Trained(Value):
     """Its progress, as JSON Lines: {step, …}."""
     log: Ref
     hardware: Hardware
+    image: str | None = None
+    """What the job ran in, by digest, where it was a container."""
     duration_s: float
 
     def summary(self) -> str:

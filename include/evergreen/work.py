@@ -21,6 +21,7 @@ from evergreen.registry.ledger import Checkpoint
 from evergreen.run import Manifest, Ref, Run, digest
 from evergreen.settings import Settings
 from evergreen.training import jobs
+from evergreen.training.runtimes import docker
 
 log = logging.getLogger("evergreen")
 
@@ -64,7 +65,23 @@ def manifest_of(store: Store, ref: Ref) -> Manifest:
 def job_id_of(run: Run, kind: str, parts: dict[str, Any]) -> str:
     """A job's id follows from what it does, so that a retry finds it. A forced run's jobs are its own."""
     own = {"force": run.id} if run.force else {}
+    if kind != "read" and (container := container_of(run)):
+        own["image"] = container.image
     return f"{kind}-{run.pack.name}-{digest({**parts, **own})[:16]}"
+
+
+def container_of(run: Run) -> jobs.Container | None:
+    """What the pack's jobs run in, its image by digest; None for processes. Raises JobError."""
+    asked = run.pack.training.runtime
+    if asked is None:
+        return None
+    image = asked.docker or run.settings.image
+    if image is None:
+        raise JobError(
+            f"pack {run.pack.name}: training.runtime is docker, and nobody says which image is Evergreen's",
+            fix="set EVERGREEN_IMAGE, or name one in pack.yaml: runtime: {docker: IMAGE}",
+        )
+    return jobs.Container(image=docker.pinned(image), memory_bytes=asked.memory, cpus=asked.cpus)
 
 
 def job_spec(run: Run, kind: Literal["read", "train", "score"], job_id: str, **more: Any) -> jobs.JobSpec:
@@ -81,6 +98,7 @@ def job_spec(run: Run, kind: Literal["read", "train", "score"], job_id: str, **m
         seed=pack.training.seed,
         gpus=pack.training.gpus,
         timeout_s=pack.training.timeout.total_seconds(),
+        container=container_of(run) if kind != "read" else None,
         **more,
     )
 

@@ -1,16 +1,22 @@
 """The laws that hold for every place a job can run in."""
 
+import fcntl
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import docker as docker_client
 import pytest
 
+import evergreen
 from evergreen.errors import JobError
-from evergreen.training.runtimes import Runtime, process
+from evergreen.training.runtimes import Runtime, docker, process
 
 SLEEP = "import time\ndef read(window):\n    time.sleep(600)\n    yield None\n"
 UNTIL_GO = (
@@ -23,9 +29,41 @@ UNTIL_GO = (
 ENVIRONMENT = "import json, os, pathlib\ndef read(window):\n    pathlib.Path('environment').write_text(json.dumps(dict(os.environ)))\n    return []\n"
 
 
-@pytest.fixture(params=[process], ids=["process"])
+@pytest.fixture(scope="module")
+def image() -> str:
+    """Evergreen's image, with the package as it is here."""
+    name = os.environ.get("EVERGREEN_IMAGE") or f"evergreen:{evergreen.__version__}"
+    try:
+        engine = docker_client.from_env()
+        engine.images.get(name)
+    except docker_client.errors.DockerException as error:
+        pytest.skip(f"no container engine with an image {name}: {error}")
+    package = Path(evergreen.__file__).parent
+    recipe = f"FROM {name}\nCOPY . /srv/evergreen/include/evergreen\n"
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        archive.add(package, ".", filter=lambda found: None if "__pycache__" in found.name else found)
+        told = tarfile.TarInfo("Dockerfile")
+        told.size = len(recipe)
+        archive.addfile(told, io.BytesIO(recipe.encode()))
+    content.seek(0)
+    made, _ = engine.images.build(fileobj=content, custom_context=True, rm=True, labels={"evergreen.test": "runtimes"})
+    yield made.id
+    engine.images.remove(made.id)
+    engine.close()
+
+
+@pytest.fixture(params=[process, docker], ids=["process", "docker"])
 def runtime(request) -> Runtime:
+    if request.param is docker:
+        CONTAINER["container"] = {"image": request.getfixturevalue("image"), "memory_bytes": 2**30, "cpus": 2.0}
+    else:
+        CONTAINER.clear()
     return request.param
+
+
+CONTAINER: dict[str, object] = {}
+"""What a job's spec says beside, of the runtime under test."""
 
 
 @pytest.fixture
@@ -38,9 +76,9 @@ def write(folder, source, timeout_s=60.0):
     """A job's folder whose function is `read` of `source`."""
     (folder / "input" / "pack").mkdir(parents=True)
     (folder / "input" / "pack" / "model.py").write_text(source)
-    spec = {"id": "a", "kind": "read", "pack": "demo", "call": "model:read", "timeout_s": timeout_s}
+    spec = {"id": "a", "kind": "read", "pack": "demo", "call": "model:read", "timeout_s": timeout_s, "gpus": 0}
     data = {"target": "y", "event_time": "t", "task": "binary"}
-    (folder / "job.json").write_text(json.dumps(spec | data))
+    (folder / "job.json").write_text(json.dumps(spec | data | CONTAINER))
 
 
 def until(condition):
@@ -51,10 +89,13 @@ def until(condition):
         time.sleep(0.01)
 
 
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
+def is_held(file):
+    """Whether a living process holds the lock of a file: told apart from here, whatever numbers processes have there."""
+    with file.open() as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
         return False
 
 
@@ -82,7 +123,7 @@ def test_the_end_is_seen_at_once(runtime, folder):
     write(folder, "def read(window):\n    return []\n")
     runtime.launch(folder)
     assert runtime.join(folder, timeout_s=30)
-    assert time.time() - (folder / "output" / "result.json").stat().st_mtime < 0.2
+    assert time.time() - (folder / "output" / "result.json").stat().st_mtime < (0.2 if runtime is process else 5.0)
 
 
 def test_a_job_is_not_launched_twice(runtime, folder):
@@ -98,22 +139,26 @@ def test_a_stopped_job_is_gone_with_its_children(runtime, folder):
     """Stopping ends the job and what it started, those that ignore SIGTERM too."""
     write(
         folder,
-        "import os, pathlib, signal, subprocess, sys, time\n"
+        "import fcntl, os, pathlib, signal, subprocess, time\n"
         "def read(window):\n"
-        "    spawned = subprocess.Popen(['sleep', '600'])\n"
+        "    own, spawned, forked = (open(name, 'w') for name in ('own', 'spawned', 'forked'))\n"
+        "    for file in (own, spawned, forked):\n"
+        "        fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "    subprocess.Popen(['sleep', '600'], pass_fds=[spawned.fileno()])\n"
+        "    spawned.close()\n"
         "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "    forked = os.fork()\n"
-        "    if forked:\n"
-        "        pathlib.Path('part').write_text(f'{os.getpid()} {spawned.pid} {forked}')\n"
-        "        pathlib.Path('part').rename('pids')\n"
+        "    if os.fork():\n"
+        "        forked.close()\n"
+        "        pathlib.Path('ready').touch()\n"
+        "    else:\n"
+        "        own.close()\n"
         "    time.sleep(600)\n",
     )
     runtime.launch(folder)
-    until((folder / "pids").exists)
-    pids = [int(pid) for pid in (folder / "pids").read_text().split()]
-    assert [alive(pid) for pid in pids] == [True] * 3
+    until((folder / "ready").exists)
+    assert [is_held(folder / name) for name in ("own", "spawned", "forked")] == [True] * 3
     runtime.stop(folder, grace_s=0.1)
-    assert [alive(pid) for pid in pids] == [False] * 3
+    assert [is_held(folder / name) for name in ("own", "spawned", "forked")] == [False] * 3
 
 
 def test_a_job_outlives_the_process_that_launched_it(runtime, folder):
@@ -167,5 +212,80 @@ def test_a_job_is_given_no_settings_and_no_secrets(runtime, folder, monkeypatch)
     assert runtime.join(folder, timeout_s=30)
     given = json.loads((folder / "environment").read_text())
     assert not {name for name in given if name.startswith(("AIRFLOW", "MLFLOW", "EVERGREEN", "AWS")) or "KEY" in name}
-    assert (given["PATH"], given["CUDA_VISIBLE_DEVICES"]) == (os.environ["PATH"], "")
+    assert given["CUDA_VISIBLE_DEVICES"] == ""
+    assert runtime is docker or given["PATH"] == os.environ["PATH"]
     assert (given["PYTHONHASHSEED"], given["CUBLAS_WORKSPACE_CONFIG"]) == ("0", ":4096:8")
+
+
+LOOK = """
+import json, os, pathlib, socket
+def tried(act):
+    try:
+        act()
+    except OSError as error:
+        return error.strerror
+    return "done"
+def read(window):
+    status = dict(line.split(":\\t", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines() if ":\\t" in line)
+    found = {
+        "user": os.getuid(),
+        "capabilities": int(status["CapEff"], 16) | int(status["CapBnd"], 16),
+        "no new privileges": status["NoNewPrivs"].strip(),
+        "networks": sorted(name for _, name in socket.if_nameindex()),
+        "root": tried(lambda: pathlib.Path("/srv/evergreen/x").touch()),
+        "input": tried(lambda: pathlib.Path("input/x").touch()),
+        "tmp": tried(lambda: pathlib.Path("/tmp/x").touch()),
+        "beside": sorted(os.listdir(pathlib.Path.cwd().parent)),
+    }
+    pathlib.Path("found").write_text(json.dumps(found))
+    return []
+"""
+
+
+@pytest.mark.parametrize("runtime", [docker], ids=["docker"], indirect=True)
+def test_a_container_shares_its_folder_and_nothing_else(runtime, folder):
+    """Not root, no capability, no network but its own loopback, nothing to write to but its folder and /tmp."""
+    write(folder, LOOK)
+    (folder.parent / "another").mkdir()
+    runtime.launch(folder)
+    assert runtime.join(folder, timeout_s=60)
+    found = json.loads((folder / "found").read_text())
+    assert found.pop("user") == (os.geteuid() or 65534)
+    assert found == {
+        "capabilities": 0,
+        "no new privileges": "1",
+        "networks": ["lo"],
+        "root": "Read-only file system",
+        "input": "Read-only file system",
+        "tmp": "done",
+        "beside": [folder.name],
+    }
+
+
+@pytest.mark.parametrize("runtime", [docker], ids=["docker"], indirect=True)
+def test_a_container_has_limits(runtime, folder):
+    """One that takes more memory than it may is killed, and the machine is not."""
+    write(folder, "def read(window):\n    held = [b'x' * 2**26 for _ in range(64)]\n    return []\n")
+    spec = json.loads((folder / "job.json").read_text())
+    spec["container"]["memory_bytes"] = 2**29
+    (folder / "job.json").write_text(json.dumps(spec))
+    runtime.launch(folder)
+    assert runtime.join(folder, timeout_s=60)
+    assert not (folder / "output" / "result.json").exists()
+
+
+@pytest.mark.parametrize("runtime", [docker], ids=["docker"], indirect=True)
+def test_an_image_is_known_by_what_it_holds(runtime, image):
+    """A name gives its digest or id, which names it as well; a name that nobody knows is an error with its fix."""
+    assert re.search("sha256:[0-9a-f]{64}$", runtime.pinned(image))
+    with pytest.raises(JobError, match=r"image evergreen/no-such-image:1: the container engine refuses") as caught:
+        runtime.pinned("evergreen/no-such-image:1")
+    assert "training.runtime" in caught.value.fix
+
+
+def test_without_an_engine_the_fix_is_named(tmp_path, monkeypatch):
+    """A socket that nobody listens at is a setting to be mended, and stops nothing else."""
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
+    with pytest.raises(JobError, match="no container engine answers") as caught:
+        docker.alive(tmp_path)
+    assert "training.runtime: process" in caught.value.fix

@@ -118,7 +118,7 @@ def lineage(
         snapshot=Data(**snapshot.model_dump(include=set(Data.model_fields))),
         validation=Validation(**validated.model_dump(include=set(Validation.model_fields))),
         code=code,
-        environment=environment,
+        environment=environment.model_copy(update={"image": trained.image or environment.image}),
         hardware=trained.hardware,
         training=Training(params=trained.params, seed=trained.seed, duration_s=trained.duration_s),
         metrics={

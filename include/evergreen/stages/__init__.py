@@ -44,7 +44,16 @@ from evergreen.run import (
 from evergreen.settings import Settings
 from evergreen.stages import judging, reading, scoring
 from evergreen.training import jobs
-from evergreen.work import checkpoint, copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
+from evergreen.work import (
+    checkpoint,
+    container_of,
+    copy_python,
+    finish_job,
+    job_id_of,
+    job_spec,
+    manifest_of,
+    work_folder,
+)
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -187,6 +196,8 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
         "event_time": pack.data.event_time,
         "task": pack.data.task,
     }
+    if container := container_of(run):
+        parameters["image"] = container.image
     code = _code("training/*.py", "training/runtimes/*.py", "runner.py", pack=pack)
     inputs = {"data": snapshot.hash, "windows": snapshot.windows.model_dump(mode="json")}
     job_id = job_id_of(run, "train", {**parameters, **inputs, "code": code_hash(code)})
@@ -218,6 +229,7 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
             curve=curve,
             log=log,
             hardware=result.hardware,
+            image=container.image if container else None,
             duration_s=result.duration_s,
         )
 
@@ -279,6 +291,7 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
             "primary": pack.gate.primary.metric,
             "metrics": pack.gate.metrics(pack.data.task),
             "task": pack.data.task,
+            **({"image": trained.image} if trained.image else {}),
         },
         code=_code("evaluation/*.py", "runner.py"),
         act=act,

@@ -42,10 +42,19 @@ from evergreen.errors import EvaluationError, EvergreenError, JobError, SourceEr
 from evergreen.run import Hardware, Value, Window
 from evergreen.settings import Settings
 from evergreen.training.checkpoints import write_whole
-from evergreen.training.runtimes import process as runtime
+from evergreen.training.runtimes import Runtime, docker, process
 
 if TYPE_CHECKING:
     import polars as pl
+
+
+class Container(Value):
+    """What a job runs in, where it is not a process of this machine."""
+
+    image: str
+    """By digest, or by id."""
+    memory_bytes: int
+    cpus: float
 
 
 class JobSpec(Value):
@@ -65,6 +74,8 @@ class JobSpec(Value):
     timeout_s: float
     window: Window | None = None
     """For `read`: which rows."""
+    container: Container | None = None
+    """None: a process."""
 
 
 class Progress(Value):
@@ -127,6 +138,15 @@ class Handle:
         return self.folder / "output"
 
 
+def _runtime(folder: Path) -> Runtime:
+    """What runs the job in this folder; a folder that is not a job's yet has no container."""
+    try:
+        told = json.loads((folder / "job.json").read_bytes())
+    except (OSError, ValueError):
+        return process
+    return docker if told.get("container") else process
+
+
 def start(settings: Settings, spec: JobSpec, fill: Callable[[Path], None]) -> Handle:
     """See to it that the job runs, once: adopt it where it is finished or alive, otherwise start it.
 
@@ -139,11 +159,11 @@ def start(settings: Settings, spec: JobSpec, fill: Callable[[Path], None]) -> Ha
         if found == "finished":
             (folder / "job.json").touch()  # of use again, so not to be swept away now
         if found in ("absent", "dead"):
-            runtime.stop(folder)  # what a killed job has left running
+            _runtime(folder).stop(folder)  # what a killed job has left running
             if found == "absent":
                 _fill(folder, spec, fill)
             shutil.rmtree(folder / "output", ignore_errors=True)
-            runtime.launch(folder)
+            _runtime(folder).launch(folder)
     sweep(settings, spec.pack)
     return Handle(folder=folder, spec=spec, found=found)
 
@@ -155,6 +175,7 @@ def wait(handle: Handle, on_progress: Callable[[Progress], None] | None = None) 
     TrainingError for `train`, EvaluationError for `score`), and JobError for a job that was killed or ran past its time.
     """
     folder, spec = handle.folder, handle.spec
+    runtime = docker if spec.container else process
     shown = None
     ended = handle.found == "finished"
     while not ended:
@@ -192,13 +213,13 @@ def wait(handle: Handle, on_progress: Callable[[Progress], None] | None = None) 
 
 def cancel(handle: Handle) -> None:
     """End the job and every process it started; its checkpoint stays."""
-    runtime.stop(handle.folder)
+    _runtime(handle.folder).stop(handle.folder)
 
 
 def cancel_all(settings: Settings) -> None:
     """End every job of this home on this machine; their checkpoints stay."""
     for told in sorted(settings.jobs.glob("*/job.json")):
-        runtime.stop(told.parent)
+        _runtime(told.parent).stop(told.parent)
 
 
 def discard(settings: Settings, job_id: str) -> None:
@@ -206,7 +227,7 @@ def discard(settings: Settings, job_id: str) -> None:
     folder = settings.jobs / job_id
     if folder.exists():
         with _claimed(folder):
-            runtime.stop(folder)
+            _runtime(folder).stop(folder)
             shutil.rmtree(folder)
 
 
@@ -225,7 +246,7 @@ def sweep(settings: Settings, pack: str) -> None:
     for folder in settings.jobs.glob("*/"):
         if _is_over(folder, pack):
             with suppress(BlockingIOError), _claimed(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                if _is_over(folder, pack) and not runtime.alive(folder):
+                if _is_over(folder, pack) and not _runtime(folder).alive(folder):
                     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -322,7 +343,7 @@ def _state(folder: Path, spec: JobSpec) -> Literal["absent", "dead", "alive", "f
     result = read_result(folder)
     if result is not None and result.ok:
         return "finished"
-    return "alive" if runtime.alive(folder) else "dead"
+    return "alive" if _runtime(folder).alive(folder) else "dead"
 
 
 def _holds(folder: Path, expected: Mapping[str, int]) -> bool:
@@ -350,7 +371,11 @@ def _fill(folder: Path, spec: JobSpec, fill: Callable[[Path], None]) -> None:
 
 def _told(spec: JobSpec) -> bytes:
     """`job.json` of this spec."""
-    return json.dumps(spec.model_dump(mode="json"), indent=1, sort_keys=True).encode()
+    return json.dumps(
+        spec.model_dump(mode="json", exclude={"container"} if spec.container is None else None),
+        indent=1,
+        sort_keys=True,
+    ).encode()
 
 
 def _tail(folder: Path) -> str:
