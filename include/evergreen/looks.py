@@ -130,7 +130,6 @@ def score(
         asked = sorted((handle.output / "samples").glob("*.npy"))
         swapped = tuple(np.load(each, allow_pickle=False) for each in asked)
         scored[name] = Scored(store.put(file), predictions_in(file), result, swapped)
-    store.push([each.predictions for each in scored.values()])
     for handle in handles.values():
         jobs.discard(run.settings, handle.spec.id)
     return scored

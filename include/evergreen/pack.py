@@ -514,6 +514,12 @@ class RollbackRule(Drop):
         return self
 
 
+def _a_day(value: timedelta) -> timedelta:
+    if value < timedelta(days=1):
+        raise ValueError("is less than 1d: what failed in the night must be there to be mended in the morning")
+    return value
+
+
 class Triggers(Part):
     """What starts a run beside people."""
 
@@ -543,6 +549,8 @@ class Pack(Part):
     """A pack that does not say goes back when a person says so, and never by itself. Not one of the gate's rules, which
     every verdict is made again by; nor a trigger: it starts no run."""
     triggers: Triggers = Triggers()
+    retention: Annotated[Duration, AfterValidator(_a_day)] | None = None
+    """How long what a run alone needs is kept after its last event, where no champion ever came of it; None: for ever."""
 
     @property
     def dataset(self) -> str:

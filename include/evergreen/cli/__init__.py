@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 for command in (
     *(packs.packs, runs.run, runs.runs, runs.why, runs.lineage, runs.predict),
-    *(packs.new, packs.check, packs.docs),
+    *(packs.new, packs.check, packs.docs, packs.prune),
     *(alerts.alert, alerts.alerts, alerts.decisions, alerts.snooze, alerts.data_arrived),
     *(alerts.simulate, alerts.sender),
     *(drift.drift, metrics.metrics),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from evergreen.cli.terminal import AsJson, AsOf, PackName, minute, out, plain_ta
 from evergreen.errors import PackError
 from evergreen.history import last_look, runs_of
 from evergreen.pack import Pack, find, load, parse_instant
+from evergreen.run import count
 from evergreen.settings import Settings
 
 TOLD = ("data fault", "not compared", "not rolled back")
@@ -106,6 +108,45 @@ def check(
         show_json(results)
     if not all(result["holds"] for result in results):
         raise typer.Exit(1)
+
+
+def prune(
+    pack: Annotated[str | None, typer.Argument(help="One pack's only; by default each that says `retention`.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and why; remove nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what packs let go of by `retention`: what old runs left that made no champion. Its events stay."""
+    from evergreen.loop import prune as pruning
+
+    settings = Settings.from_env()
+    names = [pack] if pack else [folder.name for folder in find(settings.packs) if _lets_go(folder)]
+    found = [pruning.prune(settings, name, dry_run=dry_run) for name in names]
+    if as_json:
+        show_json([each.model_dump(mode="json") for each in found])
+        return
+    if not found:
+        out().print("no pack says `retention`: everything is kept for ever")
+    for each in found:
+        if each.goes:
+            table = plain_table("what", "run", "version", "goes because")
+            for row in each.goes:
+                table.add_row(row["what"], row["run_id"], str(row["version"] or ""), row["reason"])
+            out().print(table)
+        went = "would go" if dry_run else "removed"
+        things = f"{count(each.objects, 'object')}, {each.bytes / 1e6:,.1f} MB, and the files of "
+        things += f"{count(len(each.versions), 'version')} in MLflow"
+        out().print(
+            Text.assemble(
+                (each.pack, "bold"), f" keeps {each.age}: {count(len(each.stays), 'claim')} stay; {things} {went}"
+            )
+        )
+
+
+def _lets_go(folder: Path) -> bool:
+    """Whether a pack has a rule; one that cannot be loaded has none until it is mended."""
+    with contextlib.suppress(PackError):
+        return Pack.load(folder).retention is not None
+    return False
 
 
 def docs(

@@ -141,7 +141,7 @@ def lineage(
 ) -> None:
     """What made a version: data, code, environment, hardware, parameters, metrics, verdict."""
     registry, version = version_named(Settings.from_env(), model)
-    whole = registry.lineage(version.name, version.version)
+    whole = registry.lineage(version.name, version.version) | {"pruned": version.pruned}
     if as_json:
         show_json(whole)
         return

@@ -9,7 +9,7 @@ half-written is ever visible, and nothing enters under a hash that is not its ow
 A snapshot is a commit made without a checkout, in a git repository that lives as long as the commit takes: nothing of
 it is shared, so nothing needs a lock, and git itself decides who was first.
 
-It does not collect garbage: an object stays until somebody removes it.
+It collects no garbage by itself: an object stays until `remove` is asked to, by `evergreen prune`.
 """
 
 from __future__ import annotations
@@ -319,6 +319,30 @@ class Store:
     def _is_intact(self, md5: str) -> bool:
         path = self._object(md5)
         return path.is_file() and _md5(path) == md5.removesuffix(".dir")
+
+    def holds(self, refs: Iterable[Ref]) -> bool:
+        """Whether these files are here or in the remote; their bytes are not looked at."""
+        absent = {ref.hash for ref in refs if not self._object(ref.hash).is_file()}
+        return not absent or not self._patiently("read from", lambda: self._remote.missing(absent))
+
+    # Out for good
+
+    def bytes_of(self, hashes: Collection[str]) -> dict[str, int]:
+        """The bytes of each of these objects that is here or in the remote; a folder's are those of its listing."""
+        there = set(hashes) - self._patiently("read from", lambda: self._remote.missing(hashes)) if hashes else set()
+        here = {md5: self._object(md5).stat().st_size for md5 in hashes if self._object(md5).is_file()}
+        return self._patiently("read from", lambda: self._remote.sizes(there - here.keys())) | here
+
+    def remove(self, hashes: Collection[str]) -> None:
+        """Remove these objects from the remote and from this machine's cache; those that are not there are not missed.
+
+        A folder is removed by its listing. Whatever else names others must go first, too: what is there is a promise.
+        """
+        for some in ({md5 for md5 in hashes if md5.endswith(".dir")}, set(hashes)):
+            self._patiently("remove objects from", partial(self._remote.remove, some))
+            with self._writing("remove objects"):
+                for md5 in some:
+                    self._object(md5).unlink(missing_ok=True)
 
     @cached_property
     def _remote(self) -> _Remote:

@@ -88,6 +88,14 @@ def pending(events: list[Event]) -> list[Event]:
     return [event for event in last.values() if event.body["status"] == "asked"]
 
 
+def is_owed(database: Database, event: Event) -> bool:
+    """Whether an event of kind `approval` answers, and what it says was not carried out yet."""
+    if event.body["status"] != "answered":
+        return False
+    moved = database.latest(event.pack, kind=promotion.KIND, run_id=event.run_id)
+    return moved is None or moved.body["status"] not in ("done", "void")
+
+
 def state(database: Database, pack: str, run_id: str) -> Event:
     """The last event of the approval that a training run asked for. Raises RegistryError where it asked for none."""
     found = database.latest(pack, kind=KIND, run_id=run_id)
@@ -137,8 +145,7 @@ def answer(database: Database, registry: Registry, *, run: Run, answer: Answer |
 def _carry_out(database: Database, registry: Registry, run: Run, ended: Event, holder: str) -> None:
     """Promote or reject the version, once, as the event says; either way it asks no longer."""
     pack, version = run.pack.name, ended.body["version"]
-    moved = database.latest(pack, kind=promotion.KIND, run_id=run.id)
-    if ended.body["status"] == "answered" and (moved is None or moved.body["status"] not in ("done", "void")):
+    if is_owed(database, ended):
         asked = database.events(pack, kind=KIND, run_id=run.id, limit=1)[0]
         gate = Verdict.model_validate(asked.body["verdict"])
         promotion.promote(

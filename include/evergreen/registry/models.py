@@ -40,6 +40,8 @@ ENTRY = Path(__file__).with_name("entry.py")
 KEY = "evergreen.key"
 COMPLETE = "evergreen.complete"
 """The tag written last: a version without it is what a killed registration left, and the next one completes it."""
+PRUNED = "evergreen.pruned"
+"""The tag that says when, by which rule and why a version's files were removed; what made it is still told."""
 REACH_S = 5
 """How long a server or a database may take to accept a connection."""
 LONGEST = {"param": 6000, "tag": 5000}
@@ -80,6 +82,8 @@ class ModelVersion(Value):
     """Hash of the model folder in the store; None for a version that Evergreen did not make."""
     complete: bool
     """False while a registration is under way, or was killed."""
+    pruned: str | None = None
+    """When, by which rule and why its files were removed; None: they are there."""
 
 
 class Registry:
@@ -180,6 +184,29 @@ class Registry:
         with self._explained(f"cannot describe {name} version {version}"):
             self._client.update_model_version(name, str(version), text)
 
+    def prune(self, name: str, version: int, why: str) -> None:
+        """Remove the files of a version and of its MLflow run but the lineage, for good; done again, it changes nothing.
+
+        The version stays, and says why. First it loses the key by which a run would find it in place of a new one.
+        """
+        found = self.version(name, version)
+        self.tag(name, version, {PRUNED: why})
+        with self._explained(f"cannot remove the files of {name} version {version}"):
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+            client, run = self._client, self._client.get_run(found.run_id)
+            if KEY in found.tags:
+                client.delete_model_version_tag(name, str(version), KEY)
+            if KEY in run.data.tags:
+                client.delete_tag(run.info.run_id, KEY)
+            for output in run.outputs.model_outputs:
+                place = client.get_logged_model(output.model_id).artifact_location
+                get_artifact_repository(place, tracking_uri=self.uri).delete_artifacts()
+            files = get_artifact_repository(run.info.artifact_uri, tracking_uri=self.uri)
+            for file in files.list_artifacts():
+                if file.path != LINEAGE:
+                    files.delete_artifacts(file.path)
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     def versions(self, name: str) -> list[ModelVersion]:
@@ -234,7 +261,11 @@ class Registry:
 
     def folder(self, name: str, version: int, destination: Path) -> Path:
         """Copy the model folder of a version to `destination`, a path that does not exist yet, and return it."""
-        self.version(name, version)
+        if (gone := self.version(name, version).pruned) is not None:
+            raise RegistryError(
+                f"{self.shown}: {name} version {version} has no files any more: {gone}",
+                fix="choose another version; a run as of the same time makes the like of it",
+            )
         with (
             self._explained(f"cannot fetch the model folder of {name} version {version}"),
             _workroom(destination.parent) as room,
@@ -265,7 +296,7 @@ class Registry:
     def lineage(self, name: str, version: int) -> dict[str, Any]:
         """What made a version, by the keys of `Lineage`, the gate's verdict where it has spoken."""
         found = self.version(name, version)
-        if found.run_id is None or KEY not in found.tags:
+        if found.run_id is None or found.model_hash is None:
             raise RegistryError(
                 f"{self.shown}: {name} version {version} was not registered by Evergreen: it has no lineage",
                 fix="ask about a version that `evergreen runs` lists",
@@ -611,6 +642,7 @@ def _value(version: MlflowVersion, aliases: Mapping[str, str]) -> ModelVersion:
         tags=dict(version.tags),
         model_hash=version.tags.get("evergreen.model_hash"),
         complete=COMPLETE in version.tags,
+        pruned=version.tags.get(PRUNED),
     )
 
 

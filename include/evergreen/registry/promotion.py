@@ -58,6 +58,10 @@ def promote(
             why = f"the champion is {_named(champion)} now; the verdict was against {_named(judged_against)}"
             _void(database, pack, run.id, body | {"why": why})
             return champion
+        if (gone := registry.version(pack, version).pruned) is not None:
+            registry.judge(pack, version, verdict)
+            _void(database, pack, run.id, body | {"why": f"version {version} has no files any more: {gone}"})
+            return champion
         intent = database.append(
             pack, KIND, {"status": "intended", **body, "verdict": verdict.model_dump(mode="json")}, run_id=run.id
         )
@@ -152,7 +156,7 @@ def _settle(database: Database, registry: Registry, pack: str) -> int | None:
     champion = found.version if found else None
     if last is not None and last.body["status"] == "intended":
         version, before = last.body["version"], last.body["champion"]
-        known = {one.version for one in registry.versions(pack)}
+        known = {one.version for one in registry.versions(pack) if one.pruned is None}
         if champion in (version, before) and version in known:
             _finish(database, registry, last)
             return int(version)

@@ -57,7 +57,10 @@ def known_manifest(run: Run, source: str, store: Store) -> Manifest | None:
         if _accepted(run, store, _results(database, event)):
             ref = Ref.model_validate(event.body["value"]["manifest"])
             if store.verify(ref):
-                return manifest_of(store, ref)
+                manifest = manifest_of(store, ref)
+                # Elsewhere it may have been pruned with its rows, and be whole in this machine's cache.
+                if store.holds(part.object for part in manifest.partitions):
+                    return manifest
     return None
 
 

@@ -149,7 +149,7 @@ def compare(
     if importance:
         plots.draw_importance(importance, pack.gate.primary.metric, drawn)
     figures = store.put(drawn)
-    store.push([figures])
+    store.push([figures, *(each.predictions for each in scored.values())])
     return Evaluated(
         challenger=challenger,
         champion=incumbent,
