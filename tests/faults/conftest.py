@@ -332,6 +332,18 @@ def perform_stage(run: Run, stage: str, values: dict[str, Value]) -> None:
     values[stage] = CHAIN[stage](run, **given)
 
 
+def reject(home: Home) -> None:
+    """Runs one, two and three, whose retention is 90 days: a champion, a version that the gate rejects, a champion."""
+    for number in (DAYS, DAYS + 1):
+        home.write_day(number)
+    home.write(retention="90d")
+    home.perform("one")
+    home.write(retention="90d", gate={"limits": [{"metric": "roc_auc", "min": 0.9999}]})
+    home.perform("two", as_of=AS_OF + timedelta(days=1))
+    home.write(retention="90d")
+    home.perform("three", as_of=AS_OF + timedelta(days=2))
+
+
 @pytest.fixture(scope="module")
 def places() -> dict[str, str]:
     """Fields of the home's Settings that a module wants elsewhere."""

@@ -8,10 +8,12 @@
     adopted             the waiting process is killed while its training job is at work
     race RUN RUN        two processes perform runs of these ids at once
     back [POINT …]      a rollback is killed just before each of these calls, or before every one, and asked for again
+    prune [POINT …]     one removal, killed before each of these calls in turn, or before every one that it makes
 
-`first` is the pack's first run ever; `next` finds a champion that an earlier run made, `two` a second one. `shift` is a look of the monitor
-that alerts, up to the alert's being posted; `fault` is one at data that `validate` refuses; `fall` is one that sees a
-champion on probation fail, and takes it back. A point is `stage/call/n`:
+`first` is the pack's first run ever; `next` finds a champion that an earlier run made, `two` a second one; `rejected`
+has a version between two champions that the gate rejected. `shift` is a look of the monitor that alerts, up to the
+alert's being posted; `fault` is one at data that `validate` refuses; `fall` is one that sees a champion on probation
+fail, and takes it back. A point is `stage/call/n`:
 the n-th such call within the stage. The script imports what stages need once and then forks; it opens nothing itself, since
 neither SQLite's connections nor polars' threads survive a fork.
 """
@@ -28,13 +30,28 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from conftest import AS_OF, DAYS, LATER, MORE, NAME, RULES, SCHEDULED, Home, fallen, new_truth, perform_stage
+from conftest import (
+    AS_OF,
+    DAYS,
+    LATER,
+    MORE,
+    NAME,
+    RULES,
+    SCHEDULED,
+    Home,
+    fallen,
+    new_truth,
+    perform_stage,
+    reject,
+)
+from dvc_objects.db import ObjectDB
 from fastapi import FastAPI
 from mlflow import MlflowClient
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from tests.served import nobody, serving
 from tests.servers import free_port
 
@@ -45,6 +62,7 @@ from evergreen.database import Database
 from evergreen.errors import EvergreenError
 from evergreen.history import history_of
 from evergreen.loop import probation, rollback
+from evergreen.loop import prune as pruning
 from evergreen.loop.monitor import Watched, monitor, tell
 from evergreen.registry import ledger, promotion
 from evergreen.run import Value
@@ -76,6 +94,8 @@ WRITES = (
     "update_model_version",
     "set_registered_model_alias",
     "delete_registered_model_alias",
+    "delete_model_version_tag",
+    "delete_tag",
 )
 """What changes the registry."""
 CALLS = (
@@ -86,12 +106,16 @@ CALLS = (
     (jobs, ("start", "wait", "discard")),
     (process, ("launch",)),
     (MlflowClient, WRITES),
+    (LocalArtifactRepository, ("delete_artifacts",)),
+    (ObjectDB, ("delete",)),
     (signatures, ("post",)),
     (inbox, ("keep",)),
 )
 LOOKS = ("shift", "fault", "fall")
 IMPOSSIBLE = {"expect_column_mean_to_be_between": {"column": "wind", "min_value": 5, "max_value": 6}}
 DAY = timedelta(days=1)
+GONE = ("pruned", "retention")
+LONG_AFTER = datetime(2100, 1, 1, tzinfo=UTC)
 WAITS = "    for step in range(1, job.params"
 
 
@@ -277,6 +301,8 @@ def make(root: Path, start: str) -> Home:
                 home.write_day(number, new_truth)
         elif start == "fault":
             home.write(triggers=RULES, expectations=[IMPOSSIBLE])
+        elif start == "rejected":
+            reject(home)
         if start == "two":
             home.perform(RUN)
 
@@ -389,7 +415,39 @@ def back(root: Path, home: Home, *chosen: str) -> dict[str, Any]:
     return {"undisturbed": whole["state"], "trials": trials}
 
 
-TRIALS = {"back": back, "points": points, "row": row, "adopted": adopted, "race": race}
+def let_go(home: Home, point: str | None, file: Path) -> None:
+    """What retention lets go of is removed; then what is left is written down."""
+    watch = Watch(point)
+    watch.stage = "prune"
+    pruning.prune(home.settings, NAME, now=LONG_AFTER)
+    met = list(watch.met)
+    places = [home.settings.cache / "files", Path(home.settings.data_remote), Path(home.settings.mlflow_artifacts)]
+    state = {
+        "events": [(event.kind, event.run_id, event.body) for event in home.database.events(NAME, kind=GONE)],
+        "files": sorted(str(path) for place in places for path in place.rglob("*") if path.is_file()),
+        "tags": [version.tags for version in home.registry.versions(NAME)],
+        "holds": ledger.verify(home.database, NAME, work.checkpoints(home.settings, NAME)).holds,
+        "leases": leases(home),
+    }
+    file.write_text(json.dumps({"state": state, "met": met}))
+
+
+def prune(root: Path, home: Home, *chosen: str) -> dict[str, Any]:
+    """Killed at each point in turn, one home: each call goes on from what the one before left."""
+    file = root / "state.json"
+    before = [str(path) for path in Path(home.settings.data_remote).rglob("*") if path.is_file()]
+    ended(fork(let_go, home, None, file))
+    whole = json.loads(file.read_text())
+    trials = []
+    for chain in [[*chosen]] if chosen else [[point] for point in whole["met"]]:
+        again(root)
+        deaths = [ended(fork(let_go, home, point, file)) for point in chain]
+        ended(fork(let_go, home, None, file))
+        trials.append({"points": chain, "deaths": deaths, "state": json.loads(file.read_text())["state"]})
+    return {"before": before, "undisturbed": whole["state"], "trials": trials}
+
+
+TRIALS = {"back": back, "prune": prune, "points": points, "row": row, "adopted": adopted, "race": race}
 
 if __name__ == "__main__":
     answers = []

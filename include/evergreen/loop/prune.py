@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -140,29 +141,36 @@ def _plan(database: Database, store: Store, registry: Registry, name: str, age: 
 
 
 def _claims(pack: str, events: list[Event]) -> Iterator[Claim]:
-    """What holds on to things in the events of a pack; nothing more of what was removed and said to be."""
+    """What holds on to things in the events of a pack; nothing more of what was removed and said to be.
+
+    What a run says after it was pruned, having been cleared and performed again, say, is a claim of its own.
+    """
     by_key = {event.key: event for event in events if event.kind in VALUES}
-    done = [event.position for event in events if event.kind == KIND and event.body["status"] == "done"]
-    by_run: dict[str | None, list[Event]] = {}
+    done = max((event.position for event in events if event.kind == KIND and event.body["status"] == "done"), default=0)
+    kinds: dict[str | None, Kind] = {event.run_id: "run" for event in events if event.kind == "run"}
+    kinds |= {event.run_id: "look" for event in events if event.kind == "watch"}
+    decided: dict[tuple[str | None, Kind], int] = {}
+    times: Counter[str | None] = Counter()
+    said: dict[tuple[str | None, int], list[Event]] = {}
     for event in events:
-        if event.kind not in (KIND, PRUNED):
-            by_run.setdefault(event.run_id, []).append(event)
-    decided = {(event.run_id, event.body["what"]): event.position for event in events if event.kind == PRUNED}
-    for run_id, own in by_run.items():
-        for claim in _claims_of(pack, run_id, own, by_key):
+        if event.kind == PRUNED:
+            decided[event.run_id, event.body["what"]] = event.position
+            times[event.run_id] += event.body["what"] != "profile"
+        elif event.kind != KIND:
+            said.setdefault((event.run_id, times[event.run_id]), []).append(event)
+    for (run_id, _), own in said.items():
+        for claim in _claims_of(pack, run_id, kinds.get(run_id, "record"), own, by_key):
             position = decided.get((run_id, claim.kind), 0)
-            if position < own[-1].position:  # or a person had it performed again since
+            if position < own[-1].position:
                 yield claim
-            elif position > max(done, default=0):
+            elif position > done:
                 yield replace(claim, pruned=True)
 
 
 def _claims_of(
-    pack: str, run_id: str | None, events: list[Event], by_key: Mapping[str | None, Event]
+    pack: str, run_id: str | None, kind: Kind, events: list[Event], by_key: Mapping[str | None, Event]
 ) -> Iterator[Claim]:
     """What a run, or a look and its profile, hold on to. What a receipt stands for is theirs."""
-    kinds = {event.kind for event in events}
-    kind: Kind = "run" if "run" in kinds else "look" if "watch" in kinds else "record"
     said = [by_key[event.key] if event.kind == "receipt" else event for event in events]
     values = {event.body["stage"]: event.body["value"] for event in said if event.kind in VALUES}
     version = values["register"]["version"] if "register" in values else None
