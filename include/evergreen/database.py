@@ -389,8 +389,12 @@ class Database:
             connection.execute(sa.delete(leases).where(leases.c.name == name, free))
             connection.execute(sa.insert(leases).values(name=name, holder=holder, token=token, expires_at=expires_at))
             return None
+        return self.holder(name) or "another run"
+
+    def holder(self, name: str) -> str | None:
+        """Who has the lease `name`, or had it last and died."""
         with self.reading() as connection:
-            return connection.execute(sa.select(leases.c.holder).where(leases.c.name == name)).scalar() or "another run"
+            return connection.execute(sa.select(leases.c.holder).where(leases.c.name == name)).scalar()
 
     def _renew(self, name: str, token: str, ttl_s: float, stop: threading.Event) -> None:
         while not stop.wait(ttl_s / 3):

@@ -37,6 +37,9 @@ P = ParamSpec("P")
 WATCH = "watch__"
 """The id of a run of the monitor begins with this."""
 
+LOOK_WAIT_S = 60.0
+"""How long a look waits for the pack to be free: twice a dead one's lease. Another look comes by its own schedule."""
+
 State = Literal["running", "progress", "done", "skipped", "failed"]
 
 
@@ -139,8 +142,9 @@ def perform(
 ) -> V:
     """The value of `stage` for `run`: looked up by its key when it was performed before, else made by `act()`.
 
-    `outputs` names the objects that the value refers to; `intact` verifies one; `kind` is the event's. One stage of a pack acts at a time,
-    by a lease that the retry of a killed attempt takes over.
+    `outputs` names the objects that the value refers to; `intact` verifies one; `kind` is the event's. One stage of a pack
+    acts at a time, by a lease that the retry of a killed attempt takes over; a run waits for it as long as a training may
+    take, a look of the monitor for a minute. Raises LeaseHeldError.
     """
     database = db.connect(run.settings.database_url)
     parts = {
@@ -152,7 +156,7 @@ def perform(
     }
     key = digest(parts)
     began = time.monotonic()
-    wait_s = run.pack.training.timeout.total_seconds()
+    wait_s = LOOK_WAIT_S if run.id.startswith(WATCH) else run.pack.training.timeout.total_seconds()
     note(run, stage, "running")
     with _alone_here(run, wait_s), database.lease(f"stage:{run.pack.name}", run.id, wait_s=wait_s):
         before = database.latest(run.pack.name, kind=kind, key=key)
@@ -206,8 +210,9 @@ def _alone_here(run: Run, wait_s: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
+                    holder = db.connect(run.settings.database_url).holder(f"stage:{run.pack.name}") or "another run"
                     raise LeaseHeldError(
-                        f"pack {run.pack.name}: another process of this machine is acting; it holds {file.name}",
+                        f"pack {run.pack.name}: {holder} is acting, in a process of this machine that holds {file.name}",
                         fix=f"wait until it has finished, or end it: `fuser {file.name}` names it",
                     ) from None
                 time.sleep(0.05)

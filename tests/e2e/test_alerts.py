@@ -5,10 +5,13 @@ import re
 import signal
 import subprocess
 import urllib.request
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
-from tests.e2e.test_scheduler import EVERGREEN, PACK, Home, until, write_pack
+from tests.e2e.test_scheduler import DAYS, EVERGREEN, PACK, TODAY, Home, until, write_pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,9 +29,23 @@ def home(tmp_path_factory):
         file = found.packs / name / "pack.yaml"
         assert "triggers: {schedule: null}" in PACK.format(schedule="null", wait="null")
         file.write_text(file.read_text("utf-8").replace("triggers: {schedule: null}", TRIGGERS), "utf-8")
+    write_pack(found.packs / "turned")
+    turn(found.packs / "turned")
     found.evergreen("up")
     yield found
     found.evergreen("down")
+
+
+def turn(folder):
+    """A monitored pack, 100 rows a day; in its last six days the target has nothing to do with the rows any more."""
+    file = folder / "pack.yaml"
+    rules = "triggers: {drift: {schedule: '@yearly', window: 3d, performance: {drop: 0.1}}}"
+    file.write_text(file.read_text("utf-8").replace("triggers: {schedule: null}", rules), "utf-8")
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=DAYS * 100)
+    at = [TODAY - timedelta(days=DAYS) + n * timedelta(days=1) / 100 for n in range(x.size)]
+    more = np.where(np.arange(x.size) < (DAYS - 6) * 100, x, rng.normal(size=x.size)) + rng.normal(size=x.size) / 2 > 0
+    pl.DataFrame({"at": at, "x": x, "more": more}).write_parquet(folder / "rows" / "rows.parquet")
 
 
 def final(home, pack):
@@ -65,6 +82,27 @@ def test_new_data_become_a_run(home):
     found = final(home, "meter")
     assert (found["sender"], found["reason"], found["outcome"]) == ("data", "new data in data/meter", "retrain")
     assert run_of(home, "meter", found["alert"])["reason"] == "data: new data in data/meter"
+
+
+@pytest.mark.fault
+def test_what_the_monitor_sees_becomes_a_training(home):
+    """A shift in the data → the monitor's run → its alert → admission → a training that ends, and says who asked for it."""
+    before = home.evergreen("run", "turned", "--as-of", f"{TODAY - timedelta(days=9):%Y-%m-%d}", "--json")
+    assert (before["outcome"], before["version"]) == ("promoted", 1)
+    conf = {"as_of": TODAY.isoformat()}
+    asked = home.airflow.post("/api/v2/dags/turned__monitor/dagRuns", json={"logical_date": None, "conf": conf})
+    assert asked.is_success, asked.text
+    found = until(lambda: home.evergreen("alerts", "turned", "--json"), timeout_s=240)
+    assert [(each["sender"], each["as_of"]) for each in found] == [("monitor", TODAY.isoformat())]
+    decided = final(home, "turned")
+    assert (decided["outcome"], decided["rule"]) == ("retrain", "retrain")
+    until(lambda: run_of(home, "turned", decided["alert"])["outcome"] != "running", timeout_s=240)
+    run = run_of(home, "turned", decided["alert"])
+    assert run["reason"].startswith("monitor: performance has fallen"), run["reason"]
+    assert (run["outcome"] in ("promoted", "rejected", "waiting"), run["version"]) == (True, 2)
+    [ended] = [each for each in home.dag_runs("turned") if each["dag_run_id"] == run["run_id"]]
+    until(lambda: home.get(f"/api/v2/dags/turned__train/dagRuns/{run['run_id']}")["state"] == "success")
+    assert ended["conf"]["reason"] == run["reason"]
 
 
 def test_what_readme_says_of_the_webhook_works(home):

@@ -217,6 +217,37 @@ def test_a_fault_fails_its_task_for_good(home, monkeypatch):
     assert seen["reasons"][0].startswith("wind has no value in ")
 
 
+def test_a_look_during_a_training_is_skipped_and_said_to_be(home, monkeypatch):
+    """Whichever stage meets it: its slot is free, nothing is alerted, and `packs` names the run; the next look looks."""
+    from airflow.sdk.exceptions import AirflowSkipException
+    from airflow.sdk.execution_time.context import set_current_context
+
+    from evergreen.orchestration.dags import monitoring_dag
+
+    monkeypatch.setenv("EVERGREEN_HOME", str(home.settings.home))
+    monkeypatch.setenv("EVERGREEN_PACKS", str(home.settings.packs))
+    monkeypatch.setenv("EVERGREEN_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(keys, "LOOK_WAIT_S", 0)
+    ingest, validate, looks = (monitoring_dag(home.pack).get_task(name).python_callable for name in TASKS)
+    dag_run = SimpleNamespace(run_id="busy", run_type="manual", logical_date=None, run_after=LATER)
+    training = home.begin("a-training")
+    said = "not looked: pack tide: a-training is acting, .*; the next look comes by its own schedule"
+    with set_current_context({"dag_run": dag_run, "params": {"as_of": LATER.isoformat(), "force": True}}):
+        with keys._alone_here(training, 0), home.database.lease(f"stage:{NAME}", training.id):
+            with pytest.raises(AirflowSkipException, match=said):
+                ingest()
+            with pytest.raises(AirflowSkipException, match=said):
+                looks(ingested=None, validated=None)
+            seen = last_look(home.database, NAME)
+            assert (seen["run_id"], seen["kind"]) == ("watch__busy", None)
+            assert seen["reasons"][0].startswith("pack tide: a-training is acting")
+        ingested = ingest()
+        with home.database.lease(f"stage:{NAME}", training.id), pytest.raises(AirflowSkipException, match="a-training"):
+            validate(ingested=ingested)
+        assert home.events("alert") == []
+        assert looks(ingested=ingested, validated=validate(ingested=ingested))["kind"] == "quiet"
+
+
 def test_a_source_that_is_gone_is_a_fault(home):
     """There is nothing to draw; what ingest said is recorded."""
     for file in home.rows.glob("*"):

@@ -270,7 +270,8 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
     """Look at the newest windows, say what kind of change they show, and write the report.
 
     What `ingest` or `validate` refused is itself a fault of the data: None stands for what they did not give. Where they
-    failed for another reason, nothing is compared.
+    failed for another reason, nothing is compared. Raises LeaseHeldError where a run of the pack acts, or kept them from
+    acting.
     """
     pack, store, registry = run.pack, Store(run.settings), Registry(run.settings)
     rules = pack.triggers.drift or DriftRules()
@@ -439,6 +440,8 @@ def _went_wrong(run: Run, ingested: Ingested | None, validated: Validated | None
         if event.kind == "failure" and event.body["stage"] == stage:
             what = str(event.body["what"])
             error = getattr(errors, event.body["error"], Exception)
+            if issubclass(error, errors.LeaseHeldError):
+                raise errors.LeaseHeldError(what, fix=event.body["fix"])
             refused = issubclass(error, errors.SourceError | errors.ValidationError)
             return (what, None) if refused else (None, f"{stage} failed: {what}")
     return None, f"{stage} did not come to an end"

@@ -195,7 +195,8 @@ def _claims_of(
 def _needed(database: Database, registry: Registry, pack: str) -> Needed:
     """The versions of a pack that somebody needs."""
     moves = database.events(pack, kind=promotion.MOVES)
-    champions = {event.body.get(part) for event in moves for part in ("champion", "previous", "expected")} - {None}
+    told = [event.body.get(part) for event in moves for part in ("champion", "previous", "expected")]
+    champions = {int(version) for version in told if version is not None}
     versions = registry.versions(pack)
     champions |= {each.version for each in versions if promotion.ALIASES[promotion.KIND] in each.aliases}
     asked = database.events(pack, kind=approval.KIND)
@@ -207,7 +208,7 @@ def _needed(database: Database, registry: Registry, pack: str) -> Needed:
         if last is not None and last.body["status"] == "intended":
             waiting.add(last.body["version"])
     return Needed(
-        champions=frozenset(map(int, champions)),
+        champions=frozenset(champions),
         waiting=frozenset(waiting),
         aliases={each.version: ", ".join(each.aliases) for each in versions if each.aliases},
     )

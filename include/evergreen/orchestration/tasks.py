@@ -10,11 +10,19 @@ from urllib.parse import quote, urlsplit
 
 from airflow.sdk import BaseOperatorLink, get_current_context, task
 from airflow.sdk.configuration import conf
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from evergreen import database as db
 from evergreen import keys
-from evergreen.errors import PackError, RegistryError, SourceError, TrainingError, UnreachableError, ValidationError
+from evergreen.errors import (
+    LeaseHeldError,
+    PackError,
+    RegistryError,
+    SourceError,
+    TrainingError,
+    UnreachableError,
+    ValidationError,
+)
 from evergreen.orchestration.connections import connection
 from evergreen.pack import Pack, load, parse_instant
 from evergreen.run import Ingested, Run, Validated, Value
@@ -23,6 +31,8 @@ from evergreen.stages import CHAIN
 
 REASONS = {"scheduled": "the schedule", "backfill": "a backfill", "asset_triggered": "new data"}
 """Why a run exists, by Airflow's run type; a person asked for every other."""
+
+NEXT_LOOK = "the next look comes by its own schedule"
 
 FINAL = (PackError, SourceError, ValidationError, TrainingError)
 """Mistakes that trying again does not mend; a source that is away for a moment is none."""
@@ -41,7 +51,7 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
     """An Airflow task that performs `stage` for `pack`: takes and gives the values' JSON, by parameter name.
 
     It is retried twice, soon: a stage that was killed goes on from what it left. A mistake that a person must mend
-    is not retried.
+    is not retried. A look of the monitor is skipped while a run of the pack acts: it would keep a slot for hours.
     """
     takes, _ = signature(stage)
 
@@ -62,6 +72,10 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
             raise
         except FINAL as error:
             raise AirflowFailException(str(error)) from error
+        except LeaseHeldError as error:
+            if kind == "watch":
+                raise AirflowSkipException(f"not looked: {error.what}; {NEXT_LOOK}") from error
+            raise
         return value.model_dump(mode="json")
 
     return act
@@ -71,7 +85,7 @@ def monitor_task(pack: Pack) -> Any:
     """An Airflow task that looks at the newest windows of `pack`, and posts the alert that follows from a shift.
 
     A look that a person must see to ends as a failed task, which nobody tries again: a data fault, or one for which
-    `ingest` or `validate` gave nothing. Failed tasks are what callbacks, e-mail and metrics of an Airflow are wired to;
+    `ingest` or `validate` gave nothing; one that a run of the pack kept from looking is skipped. Failed tasks are what callbacks, e-mail and metrics of an Airflow are wired to;
     and this being the DAG's last task, the run would else be green over a red one.
     """
 
@@ -90,11 +104,14 @@ def monitor_task(pack: Pack) -> Any:
         from evergreen.loop import monitor, probation  # numpy: every parse of a DAG would pay for it
 
         run = current_run(pack.name, get_current_context(), "watch")
-        watched = monitor.monitor(
-            run,
-            Ingested.model_validate(ingested) if ingested else None,
-            Validated.model_validate(validated) if validated else None,
-        )
+        try:
+            watched = monitor.monitor(
+                run,
+                Ingested.model_validate(ingested) if ingested else None,
+                Validated.model_validate(validated) if validated else None,
+            )
+        except LeaseHeldError as error:
+            raise AirflowSkipException(f"not looked: {error.what}; {NEXT_LOOK}") from error
         failed = None
         try:
             if watched.probation is not None:
