@@ -198,6 +198,11 @@ class Store:
         """The content of a JSON object, its bytes checked against its hash."""
         return json.loads(self.read_bytes(ref))
 
+    def contents(self, hashes: Collection[str]) -> dict[str, Any]:
+        """The content of each of these JSON objects; those that are not here come all at once."""
+        self._fetch(md5 for md5 in hashes if not self._object(md5).is_file())
+        return {md5: self.read_json(Ref(hash=md5, size=0)) for md5 in hashes}
+
     def checkout(self, ref: Ref, destination: Path) -> None:
         """The file or the folder at `destination`, by link where the disk can: read-only, never to be edited in place.
 

@@ -25,7 +25,7 @@ from evergreen.pack import load, parse_instant
 from evergreen.registry import approval, promotion
 from evergreen.registry.models import Registry
 from evergreen.registry.retention import Claim, Fate, Kind, Needed, Plan, decide
-from evergreen.run import Ref, Value, count
+from evergreen.run import Value, count
 from evergreen.settings import Settings
 
 log = logging.getLogger("evergreen")
@@ -72,36 +72,23 @@ def prune(settings: Settings, name: str, *, dry_run: bool = False, now: datetime
             f"{pack.folder / 'pack.yaml'}: pack {name} says nothing of retention: everything is kept for ever",
             fix="write retention: 90d, as long as you want to look back at what became no champion",
         )
-    database, store, registry = db.connect(settings.database_url), Store(settings), Registry(settings)
-    age = str(pack.model_dump(mode="json")["retention"])
-    with _nobody_acts(database, name) if not dry_run else ExitStack():
-        opened = database.latest(name, kind=KIND)
-        if not dry_run and opened is not None and opened.body["status"] == "intended":
-            _remove(store, registry, name, _plan(database, store, registry, name, timedelta.max, now), opened.body)
-            database.append(name, KIND, opened.body | {"status": "done"})
-        plan = _plan(database, store, registry, name, pack.retention, now)
-        objects = store.bytes_of({thing for thing in plan.things if "@" not in thing})
-        there = {version.version for version in registry.versions(name)}
-        found = Pruned(
-            pack=name,
-            age=age,
-            dry_run=dry_run,
-            goes=tuple(_told(fate) for fate in plan.fates if not fate.stays),
-            stays=tuple(_told(fate) for fate in plan.fates if fate.stays),
-            versions=tuple(sorted(_versions(plan, name) & there)),
-            objects=len(objects),
-            bytes=sum(objects.values()),
-        )
-        if dry_run or not found.goes:
-            return found
-        body = found.model_dump(mode="json", include={"age", "versions", "objects", "bytes"})
-        body |= {"status": "intended", "now": now.isoformat(), "claims": len(found.goes)}
-        with database.chain(name) as chain:
-            for told in found.goes:
-                chain.append(PRUNED, told | {"age": age}, run_id=told["run_id"])
-            chain.append(KIND, body)
-        _remove(store, registry, name, plan, body)
-        database.append(name, KIND, body | {"status": "done"})
+    work = _Work(settings, name, str(pack.model_dump(mode="json")["retention"]), now)
+    _, planned = work.plan(pack.retention)
+    if dry_run or not (planned.goes or work.opened()):
+        return planned.model_copy(update={"dry_run": dry_run})
+    with _nobody_acts(work.database, name):
+        if (opened := work.opened()) is not None:
+            plan, _ = work.plan(timedelta.max)
+            work.carry_out(plan, opened.body)
+        plan, found = work.plan(pack.retention)
+        if found.goes:
+            body = found.model_dump(mode="json", include={"age", "versions", "objects", "bytes"})
+            body |= {"status": "intended", "now": now.isoformat(), "claims": len(found.goes)}
+            with work.database.chain(name) as chain:
+                for told in found.goes:
+                    chain.append(PRUNED, told | {"age": found.age}, run_id=told["run_id"])
+                chain.append(KIND, body)
+            work.carry_out(plan, body)
     log.info("%s: %s and %s removed", name, count(found.objects, "object"), count(len(found.versions), "version"))
     return found
 
@@ -116,28 +103,70 @@ def _nobody_acts(database: Database, name: str) -> Iterator[None]:
         yield
 
 
-def _plan(database: Database, store: Store, registry: Registry, name: str, age: timedelta, now: datetime) -> Plan:
-    """What of the pack `name` goes. Raises StoreError where it cannot be told what something that stays names."""
-    claims: list[Claim] = []
-    holders: set[str] = set()
-    for pack in database.packs():
-        events = database.events(pack, kind=(*NAMING, PRUNED, KIND))
-        claims += _claims(pack, events)
-        holders |= {found for event in events if event.kind in VALUES for found in _holders(event.body["value"])}
-    holders |= {found for claim in claims for found in claim.names if found.endswith(".dir")}
-    there = store.bytes_of(holders)
-    contents = {holder: _names(store.read_json(Ref(hash=holder, size=0))) for holder in there}
-    plan = decide(claims, contents, pack=name, age=age, needed=_needed(database, registry, name), now=now)
-    lost = holders - there.keys()
-    going = {fate.claim for fate in plan.goes}
-    for claim in claims:
-        if claim not in going and not claim.pruned and (unknown := sorted(lost & claim.names)):
+class _Work:
+    """One pack's claims and things, as they are just now, and what is done about them."""
+
+    def __init__(self, settings: Settings, name: str, age: str, now: datetime) -> None:
+        self.name, self.age, self.now = name, age, now
+        self.database, self.store = db.connect(settings.database_url), Store(settings)
+        self.registry = Registry(settings)
+
+    def opened(self) -> Event | None:
+        """What a call that was killed intended."""
+        last = self.database.latest(self.name, kind=KIND)
+        return last if last is not None and last.body["status"] == "intended" else None
+
+    def plan(self, age: timedelta) -> tuple[Plan, Pruned]:
+        """What goes, and how it is told. Raises StoreError where it cannot be told what something that stays names."""
+        claims: list[Claim] = []
+        holders: set[str] = set()
+        for pack in self.database.packs():
+            events = self.database.events(pack, kind=(*NAMING, PRUNED, KIND))
+            claims += _claims(pack, events)
+            holders |= {found for event in events if event.kind in VALUES for found in _holders(event.body["value"])}
+        holders |= {found for claim in claims for found in claim.names if found.endswith(".dir")}
+        there = self.store.bytes_of(holders)
+        contents = {holder: _names(content) for holder, content in self.store.contents(there.keys()).items()}
+        needed = _needed(self.database, self.registry, self.name)
+        plan = decide(claims, contents, pack=self.name, age=age, needed=needed, now=self.now)
+        going = {fate.claim for fate in plan.goes}
+        _require_known(holders - there.keys(), [each for each in claims if each not in going and not each.pruned])
+        objects = self.store.bytes_of({thing for thing in plan.things if "@" not in thing})
+        return plan, Pruned(
+            pack=self.name,
+            age=self.age,
+            dry_run=False,
+            goes=tuple(_told(fate) for fate in plan.goes),
+            stays=tuple(_told(fate) for fate in plan.fates if fate.stays),
+            versions=tuple(self.versions(plan)),
+            objects=len(objects),
+            bytes=sum(objects.values()),
+        )
+
+    def versions(self, plan: Plan) -> list[int]:
+        """The versions that go, of those that MLflow knows."""
+        there = {f"{self.name}@{version.version}": version.version for version in self.registry.versions(self.name)}
+        return sorted(there[thing] for thing in plan.things & there.keys())
+
+    def carry_out(self, plan: Plan, body: dict[str, Any]) -> None:
+        """Versions first, which nobody may promote any more; then objects that name others; then the rest."""
+        why = f"{body['now'][:10]}, by retention: {body['age']} of {self.name}; no champion ever came of it"
+        for version in self.versions(plan):
+            self.registry.prune(self.name, version, why)
+        self.store.remove(plan.holders)
+        self.store.remove({thing for thing in plan.things if "@" not in thing})
+        self.database.append(self.name, KIND, body | {"status": "done"})
+
+
+def _require_known(lost: set[str], stay: Iterable[Claim]) -> None:
+    """Raise StoreError where a claim that stays names an object that would name others, and is not to be had."""
+    for claim in stay:
+        if unknown := sorted(lost & claim.names):
             raise StoreError(
                 f"{claim.pack}: the run {claim.run_id} stays, and {unknown[0]}, which says what else it needs, is not to be "
                 "had: nothing was removed",
                 fix="bring the object back into the store's remote, from a copy or from another machine's cache",
             )
-    return plan
 
 
 def _claims(pack: str, events: list[Event]) -> Iterator[Claim]:
@@ -212,21 +241,6 @@ def _needed(database: Database, registry: Registry, pack: str) -> Needed:
         waiting=frozenset(waiting),
         aliases={each.version: ", ".join(each.aliases) for each in versions if each.aliases},
     )
-
-
-def _remove(store: Store, registry: Registry, name: str, plan: Plan, body: dict[str, Any]) -> None:
-    """Remove what a plan says: versions first, which nobody may promote any more; then what names others."""
-    why = f"{body['now'][:10]}, by retention: {body['age']} of {name}; no champion ever came of it"
-    there = {version.version for version in registry.versions(name)}
-    for version in sorted(_versions(plan, name) & there):
-        registry.prune(name, version, why)
-    objects = {thing for thing in plan.things if "@" not in thing}
-    store.remove(objects & plan.holders)
-    store.remove(objects)
-
-
-def _versions(plan: Plan, name: str) -> set[int]:
-    return {int(thing.rpartition("@")[2]) for thing in plan.things if thing.startswith(f"{name}@")}
 
 
 def _holders(value: dict[str, Any]) -> Iterable[str]:

@@ -12,7 +12,7 @@ from airflow.sdk import DAG, Param, get_parsing_context
 
 from evergreen.errors import PackError
 from evergreen.orchestration.approval import answer_task, ask_task, start_task
-from evergreen.orchestration.tasks import monitor_task, rollback_task, signature, stage_task
+from evergreen.orchestration.tasks import monitor_task, prune_task, rollback_task, signature, stage_task
 from evergreen.pack import Pack, find
 from evergreen.settings import Settings
 from evergreen.stages import CHAIN
@@ -135,6 +135,15 @@ def rollback_dag(pack: Pack) -> DAG:
     with _dag(pack, "rollback", None) as dag:
         rollback_task(pack)()
     dag.params.update(BACK)
+    return dag
+
+
+def retention_dag(pack: Pack) -> DAG | None:
+    """`<pack>__prune`: once a day, what the pack lets go of is removed; None for a pack that keeps everything."""
+    if pack.retention is None:
+        return None
+    with _dag(pack, "prune", "@daily") as dag:
+        prune_task(pack)()
     return dag
 
 

@@ -166,6 +166,30 @@ def rollback_task(pack: Pack) -> Any:
     return act
 
 
+def prune_task(pack: Pack) -> Any:
+    """An Airflow task that removes what `pack` lets go of; it is skipped while any pack acts, and comes again tomorrow."""
+
+    @task(
+        task_id="prune",
+        multiple_outputs=False,
+        show_return_value_in_logs=False,
+        retries=2,
+        retry_delay=timedelta(seconds=5),
+        doc_md="Remove from the store and from MLflow what runs left that ended longer ago than `retention` says, and "
+        "that made no champion; write down what, and why.",
+    )
+    def act() -> dict[str, Any]:
+        from evergreen.loop import prune
+
+        try:
+            pruned = prune.prune(Settings.from_env(), pack.name)
+        except LeaseHeldError as error:
+            raise AirflowSkipException(f"nothing was removed: {error.what}; the next try is tomorrow's") from error
+        return pruned.model_dump(mode="json", exclude={"stays", "goes"})
+
+    return act
+
+
 class ReportLink(BaseOperatorLink):
     """From the task to the page that it wrote."""
 
