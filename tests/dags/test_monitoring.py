@@ -82,6 +82,11 @@ def test_the_page_is_behind_airflows_door(packs):
     assert client.get(address).text == client.get("/drift/apple/later").text == "<!doctype html>what moved"
     assert client.get(address).headers["content-type"] == "text/html; charset=utf-8"
     assert client.get("/drift/apple/never").status_code == 404
+    connect(settings.database_url).append("apple", "pruned", {"what": "look", "age": "90d"}, run_id="watch__later")
+    assert client.get("/drift/apple/later").status_code == 200
+    Store(settings).remove({page.hash})
+    assert client.get("/drift/apple/later").status_code == 410
+    assert client.get("/drift/apple/later").json()["detail"].endswith("by retention: 90d of apple")
 
 
 def test_a_broken_rule_breaks_no_other_pack(packs):

@@ -39,7 +39,7 @@ def home(tmp_path_factory):
 def turn(folder):
     """A monitored pack, 100 rows a day; in its last six days the target has nothing to do with the rows any more."""
     file = folder / "pack.yaml"
-    rules = "triggers: {drift: {schedule: '@yearly', window: 3d, performance: {drop: 0.1}}}"
+    rules = "triggers: {drift: {schedule: '@yearly', window: 3d}, admission: {cooldown: 0s}}"
     file.write_text(file.read_text("utf-8").replace("triggers: {schedule: null}", rules), "utf-8")
     rng = np.random.default_rng(7)
     x = rng.normal(size=DAYS * 100)

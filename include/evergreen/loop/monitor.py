@@ -19,7 +19,7 @@ from pydantic import Field
 from evergreen import database as db
 from evergreen import errors, looks
 from evergreen.data.store import Store
-from evergreen.errors import EvaluationError, RegistryError
+from evergreen.errors import EvaluationError, RegistryError, StageError
 from evergreen.evaluation import metrics, significance
 from evergreen.evaluation.probation import Ruling
 from evergreen.keys import perform, recorded
@@ -416,8 +416,17 @@ def tell(settings: Settings, watched: Watched, address: str) -> None:
 
 
 def page_of(settings: Settings, pack: str, run_id: str) -> bytes | None:
-    """The HTML page that a run of the monitor wrote, or found written; None where there is none."""
+    """The HTML page that a run of the monitor wrote, or found written; None where there is none.
+
+    Raises StageError where it was pruned.
+    """
     watched = watched_by(settings, pack, run_id)
+    gone = db.connect(settings.database_url).latest(pack, kind="pruned", run_id=run_id)
+    if gone is not None and watched is not None and watched.page and not Store(settings).verify(watched.page):
+        raise StageError(
+            f"the page of {run_id} was removed at {gone.at:%Y-%m-%d %H:%M} UTC, by retention: {gone.body['age']} of {pack}",
+            fix=f"evergreen drift {pack} --as-of {watched.as_of:%Y-%m-%d} looks again",
+        )
     return Store(settings).read_bytes(watched.page) if watched is not None and watched.page is not None else None
 
 

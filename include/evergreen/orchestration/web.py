@@ -12,7 +12,7 @@ from airflow.sdk.configuration import conf
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from evergreen.errors import EvergreenError, PackError, RegistryError
+from evergreen.errors import EvergreenError, PackError, RegistryError, StageError
 from evergreen.keys import WATCH
 from evergreen.settings import Settings
 from evergreen.triggers.webhook import UNAUTHENTICATED, make_app
@@ -34,6 +34,8 @@ def web_app() -> FastAPI:
 
         try:
             page = page_of(settings, pack, f"{WATCH}{run}")
+        except StageError as error:
+            raise HTTPException(410, error.what) from error
         except EvergreenError as error:
             raise HTTPException(503, error.what) from error
         if page is None:

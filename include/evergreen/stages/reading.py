@@ -56,12 +56,15 @@ def known_manifest(run: Run, source: str, store: Store) -> Manifest | None:
             continue
         if _accepted(run, store, _results(database, event)):
             ref = Ref.model_validate(event.body["value"]["manifest"])
-            if store.verify(ref):
-                manifest = manifest_of(store, ref)
-                # Elsewhere it may have been pruned with its rows, and be whole in this machine's cache.
-                if store.holds(part.object for part in manifest.partitions):
-                    return manifest
+            if (manifest := _whole(store, ref)) is not None:
+                return manifest
     return None
+
+
+def _whole(store: Store, ref: Ref) -> Manifest | None:
+    """A manifest whose partitions are there: pruned elsewhere with its rows, it may be left in this machine's cache."""
+    manifest = manifest_of(store, ref) if store.verify(ref) else None
+    return manifest if manifest is not None and store.holds(part.object for part in manifest.partitions) else None
 
 
 def _accepted(run: Run, store: Store, results: list[db.Event]) -> bool:
@@ -72,8 +75,8 @@ def _accepted(run: Run, store: Store, results: list[db.Event]) -> bool:
     database = db.connect(run.settings.database_url)
     validated = database.latest(run.pack.name, kind="stage", key=by_stage["validate"].key)  # a receipt has its key
     assert validated is not None, "a receipt names a stage event"
-    ref = Ref.model_validate(validated.body["value"]["manifest"])
-    return store.verify(ref) and not any(map(_empty, _targets(run, store, manifest_of(store, ref)).values()))
+    manifest = _whole(store, Ref.model_validate(validated.body["value"]["manifest"]))
+    return manifest is not None and not any(map(_empty, _targets(run, store, manifest).values()))
 
 
 def _results(database: db.Database, of: db.Event) -> list[db.Event]:

@@ -777,3 +777,42 @@ def test_a_folder_is_hashed_as_it_would_be_kept(store, folder, cache):
     """Its name without keeping it."""
     assert store.hash_of(folder) == store_at(cache.parent / "other").put(folder).hash
     assert not cache.exists()
+
+
+def test_what_is_removed_is_gone_here_and_in_the_remote(store, folder, cache, remote):
+    """Objects alone, or a folder by its listing; what is not there is not missed, and all else stays."""
+    ref, hello = store.put(folder), store.put_bytes(b"hello")
+    store.push([ref, hello])
+    store.remove({ref.hash, "0" * 32})
+    assert not object_of(cache, ref).exists()
+    assert not object_of(remote, ref).exists()
+    assert store.verify(hello)
+    assert store.bytes_of({ref.hash, hello.hash}) == {hello.hash: 5}
+
+
+def test_bytes_are_told_from_here_or_from_afar(store, cache):
+    """The size of what the cache lacks is the remote's to say; what is nowhere is left out."""
+    here, afar = store.put_bytes(b"here"), store.put_bytes(b"far away")
+    store.push([afar])
+    object_of(cache, afar).unlink()
+    assert store.bytes_of({here.hash, afar.hash, "0" * 32}) == {here.hash: 4, afar.hash: 8}
+    assert store.bytes_of(set()) == {}
+
+
+def test_files_that_are_here_or_afar_are_held(store, cache):
+    """Their bytes are not looked at; one that is nowhere is enough to say no."""
+    here, afar = store.put_bytes(b"here"), store.put_bytes(b"far away")
+    store.push([afar])
+    object_of(cache, afar).unlink()
+    assert store.holds([here, afar])
+    assert not store.holds([here, afar, HELLO])
+
+
+def test_contents_come_all_at_once(store, cache):
+    """JSON objects by their hash, from here and from afar."""
+    refs = [store.put_json({"number": number}) for number in range(3)]
+    store.push(refs)
+    object_of(cache, refs[0]).unlink()
+    assert store.contents({ref.hash for ref in refs}) == {
+        ref.hash: {"number": number} for number, ref in enumerate(refs)
+    }

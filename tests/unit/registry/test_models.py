@@ -233,6 +233,28 @@ def test_version_is_found_by_its_key(registry, made):
     )
 
 
+def test_a_pruned_version_tells_what_made_it_and_why_its_files_are_gone(registry, client, folder, given, tmp_path):
+    """Its lineage stays, with its parameters and figures; done again, nothing changes; for its key there is a new one."""
+    (tmp_path / "notes.txt").write_text("words")
+    number, run_id = given.register(
+        registry, "pruned", folder, key="k1", artifacts={"notes.txt": tmp_path / "notes.txt"}
+    )
+    before = registry.lineage("pruned", number)
+    for _ in range(2):
+        registry.prune("pruned", number, "2026-01-01, by a rule")
+        found = registry.version("pruned", number)
+        assert (found.pruned, found.complete) == ("2026-01-01, by a rule", True)
+        assert registry.lineage("pruned", number) == before
+        assert [file.path for file in client.list_artifacts(run_id)] == ["lineage.json"]
+        assert client.get_run(run_id).data.params
+    with pytest.raises(RegistryError, match="pruned version 1 has no files any more: 2026-01-01, by a rule"):
+        registry.folder("pruned", number, tmp_path / "model")
+    assert registry.find("pruned", "k1") is None
+    again, _ = given.register(registry, "pruned", folder, key="k1")
+    assert (again, registry.lineage("pruned", number)) == (2, before)
+    assert client.get_run(run_id).info.lifecycle_stage == "active"
+
+
 @pytest.fixture
 def server(tmp_path):
     """The address of a real MLflow server that keeps the artifacts itself."""
@@ -279,6 +301,9 @@ def test_server_holds_a_version_like_a_database(server, given, folder, tmp_path)
         "promote",
         (folder / "slope.npy").read_bytes(),
     )
+    registry.prune("served", number, "a test")
+    assert [file.name for file in (tmp_path / "kept").rglob("*") if file.is_file()] == ["lineage.json"]
+    assert registry.lineage("served", number)["verdict"]["decision"] == "promote"
 
 
 @pytest.mark.slow
