@@ -273,12 +273,13 @@ def _pairs(rows: Sequence[tuple[str, float, float]], what: str) -> str:
     drawn = []
     for place, (name, p, q) in enumerate(rows):
         y = 20 * place
-        short = name if len(name) <= 15 else name[:14] + "…"
+        short = name if len(name) <= 19 else name[:18] + "…"
+        figure = round(q, 3) + 0.0  # no share is -0.0 %
         drawn.append(
-            f'<text x=92 y="{y + 13}" text-anchor=end>{escape(short)}<title>{escape(name)}</title></text>'
-            f'<rect class=was x=98 y="{y + 2}" width="{max(p, 0) / top * 170:.1f}" height=8 />'
-            f'<rect class=is x=98 y="{y + 11}" width="{max(q, 0) / top * 170:.1f}" height=4 />'
-            f'<text x="{104 + max(p, q, 0) / top * 170:.1f}" y="{y + 13}">{q:.1%}</text>'
+            f'<text x=112 y="{y + 13}" text-anchor=end>{escape(short)}<title>{escape(name)}</title></text>'
+            f'<rect class=was x=118 y="{y + 2}" width="{max(p, 0) / top * 150:.1f}" height=8 />'
+            f'<rect class=is x=118 y="{y + 11}" width="{max(q, 0) / top * 150:.1f}" height=4 />'
+            f'<text x="{124 + max(p, q, 0) / top * 150:.1f}" y="{y + 13}">{figure:.1%}</text>'
         )
     return _svg(320, 20 * len(rows), "".join(drawn), what)
 
