@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from evergreen import database as db
 from evergreen.database import COLUMNS, HOME, Database, Event, event_of, events
-from evergreen.errors import PackError
+from evergreen.errors import LeaseHeldError, PackError
 from evergreen.keys import WATCH
 from evergreen.pack import AdmissionPolicy, Pack, find
 from evergreen.settings import Settings
@@ -89,8 +89,7 @@ class Count:
         elif event.kind == "run":
             self.runs += 1
         elif event.kind == "failure":
-            self.failures[event.body["stage"]] += 1
-            self.failing["monitor" if str(event.run_id).startswith(WATCH) else "training"] = True
+            self._add_failure(event)
         elif event.kind == "drift":
             self.failing["monitor"] = False
             value = event.body["value"]
@@ -104,6 +103,14 @@ class Count:
             self.verdicts[event.body["value"]["verdict"]["decision"]] += 1
         else:
             self._add_training(event)
+
+    def _add_failure(self, event: Event) -> None:
+        look, stage = str(event.run_id).startswith(WATCH), event.body["stage"]
+        if look and event.body.get("error") == LeaseHeldError.__name__:
+            self.looks["skipped"] += stage == "monitor"  # for a run of the pack that acted: nothing failed
+            return
+        self.failures[stage] += 1
+        self.failing["monitor" if look else "training"] = True
 
     def _add_training(self, event: Event) -> None:
         value = event.body["value"]

@@ -287,6 +287,17 @@ def test_a_pack_fails_until_a_run_comes_to_its_end(settings, database):
     assert failing() == [0, 0]
 
 
+def test_a_look_that_a_run_kept_from_looking_is_no_failure(settings, database):
+    """Its monitor does not fail while a pack trains: the look is counted as skipped, once."""
+    live(database)
+    for stage in ("ingest", "monitor"):
+        body = {"stage": stage, "error": "LeaseHeldError", "what": "pack more: one is acting", "fix": ""}
+        database.append("more", "failure", body, run_id="watch__two")
+    found = samples(settings)
+    assert (found["evergreen_failing", "more", "monitor"], found["evergreen_looks_total", "skipped", "more"]) == (0, 1)
+    assert ("evergreen_stage_failures_total", "more", "ingest") not in found
+
+
 def test_the_champion_is_the_one_of_the_ledger(settings, database):
     """Promoted, rolled back, or moved by somebody's hand: the newest move that was done; an intent is none."""
     live(database)
