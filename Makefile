@@ -12,7 +12,11 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down test faults lint prove new-pack check lock bench clean
+.PHONY: help run up down stack stack-down stack-test test faults lint prove new-pack check lock bench clean
+# Of the stack's images: wheels to be taken before the index's, and what these files are.
+export EVERGREEN_WHEELS ?= $(or $(firstword $(wildcard $(PIP_FIND_LINKS))),config/wheels)
+export EVERGREEN_REVISION ?= $(shell git describe --always --abbrev=40 --dirty 2>/dev/null)
+COMPOSE := docker compose $(if $(GPU),-f docker-compose.yaml -f docker-compose.gpu.yaml)
 
 help:  ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -46,6 +50,16 @@ up: $(VENV)/.ready  ## Airflow (UI, scheduler, triggerer) and the MLflow UI, on 
 
 down: $(VENV)/.ready  ## stop what `make up` started
 	@$(BIN)/evergreen down
+
+stack:  ## the platform as a team runs it, in containers: build, make the secrets, start, wait (GPU=1: with GPUs)
+	@owner=$$($(PYTHON) config/make_secrets.py) && touch secrets/image.env && export EVERGREEN_UID=$$owner \
+	  && $(COMPOSE) build init store && . ./.env \
+	  && echo "EVERGREEN_IMAGE=$$(docker image inspect --format '{{.Id}}' "$$EVERGREEN_TAG")" > secrets/image.env \
+	  && $(COMPOSE) up --detach --wait
+	@echo "Airflow http://127.0.0.1:$(or $(AIRFLOW_PORT),8080) (people: secrets/airflow_users) · MLflow http://127.0.0.1:$(or $(MLFLOW_PORT),5000) (secrets/mlflow_users)"
+
+stack-down:  ## stop the stack; its data stay, in named volumes
+	@$(COMPOSE) down
 
 new-pack: $(VENV)/.ready  ## a working pack to start from: make new-pack NAME=churn
 	@test -n "$(NAME)" || { echo "name it: make new-pack NAME=churn"; exit 2; }

@@ -42,6 +42,8 @@ class Settings(BaseModel):
     """Airflow's API server, where alerts are sent; None: the one that runs on this home."""
     image: str | None = None
     """The container image this process runs in, by digest, when it does."""
+    revision: str | None = None
+    """The project's git revision, where its files are in an image and git cannot be asked; `-dirty` if they differ."""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -73,4 +75,5 @@ class Settings(BaseModel):
             senders=Path(get("SENDERS", str(home / "senders.yaml"))).absolute(),
             url=env.get(PREFIX + "URL") or None,
             image=env.get(PREFIX + "IMAGE") or None,
+            revision=env.get(PREFIX + "REVISION") or None,
         )

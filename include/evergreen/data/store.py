@@ -432,6 +432,12 @@ class Store:
         with self._repository("list the notes") as repository:
             return repository.noted(NOTES, self._scratch)
 
+    def open_repository(self) -> None:
+        """Have a repository that says what it holds: one is made where a path is free, an empty server's is filled."""
+        with self._repository("open it") as repository:
+            repository.make()
+            repository.introduce(self._scratch)
+
     @contextmanager
     def _repository(self, doing: str) -> Iterator[_Repository]:
         """The repository of snapshots; what git says of it is a StoreError."""
@@ -714,15 +720,27 @@ class _Repository:
             return
         home.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=home.parent, prefix=f".{home.name}-") as folder:
-            made = Path(folder, "repository")
-            _git("init", "--quiet", f"--initial-branch={MAIN}", str(made), cwd=Path(folder))
-            (made / ".dvc").mkdir()
-            for name, content in {"README.md": README.encode(), **_dvc_files(self._remote)}.items():
-                (made / name).write_bytes(content)
-            _git("add", "--all", cwd=made)
-            _git("commit", "--quiet", "--message=Say what this repository holds", cwd=made)
+            made = self._introduction(Path(folder))
             with suppress(OSError):  # Another process was first: its repository is as good.
                 made.rename(home)
+
+    def introduce(self, scratch: Path) -> None:
+        """Push the README to `main` of an empty repository."""
+        if _git("ls-remote", "--quiet", self._url, cwd=scratch):
+            return
+        with TemporaryDirectory(dir=scratch) as folder:
+            _git("push", "--quiet", self._url, MAIN, cwd=self._introduction(Path(folder)))
+
+    def _introduction(self, folder: Path) -> Path:
+        """A repository in `folder` whose only commit, on `main`, says what it holds."""
+        made = folder / "repository"
+        _git("init", "--quiet", f"--initial-branch={MAIN}", str(made), cwd=folder)
+        (made / ".dvc").mkdir()
+        for name, content in {"README.md": README.encode(), **_dvc_files(self._remote)}.items():
+            (made / name).write_bytes(content)
+        _git("add", "--all", cwd=made)
+        _git("commit", "--quiet", "--message=Say what this repository holds", cwd=made)
+        return made
 
 
 def _listing_of(hashes: Mapping[str, str]) -> bytes:

@@ -80,11 +80,11 @@ def prepare(settings: Settings) -> None:
 
             write_default_airflow_configuration_if_needed()  # with the secrets that its processes share
             upgradedb()
-            _make_pool()
+            make_pool()
             done.write_text(version, encoding="ascii")
 
 
-def _make_pool() -> None:
+def make_pool() -> None:
     """The pool of admission's tasks, which Airflow would never start without it."""
     from airflow.models.pool import Pool
     from airflow.utils.session import create_session

@@ -32,6 +32,9 @@ from evergreen.stages import CHAIN
 REASONS = {"scheduled": "the schedule", "backfill": "a backfill", "asset_triggered": "new data"}
 """Why a run exists, by Airflow's run type; a person asked for every other."""
 
+GPU = "gpu"
+"""The queue of Celery's workers that have a GPU, where there are any. Other executors know no queues."""
+
 NEXT_LOOK = "the next look comes by its own schedule"
 
 FINAL = (PackError, SourceError, ValidationError, TrainingError)
@@ -62,6 +65,7 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
         retries=2,
         retry_delay=timedelta(seconds=5),
         execution_timeout=None,  # the job has its own, and outlives the task
+        queue=GPU if stage == "train" and pack.training.gpus != 0 else "default",
         doc_md=CHAIN[stage].__doc__,
     )
     def act(**values: Any) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""Every secret of the stack, each in a file of secrets/ that only its owner can read: `python3 config/make_secrets.py`.
+
+What is there already stays; remove a file to have it made anew, and `make stack` carries it into the services. Passwords
+stand where stock tools look for them (libpq's .pgpass, git's .netrc, MLflow's credentials, DVC's config), so that no
+service needs one in its environment. The last line printed is the number of the user that owns them, whom the
+containers run as.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+SOMEBODY = 10001
+"""Who owns the files when root makes them: no container runs as root."""
+
+PEOPLE = {"admin": "Admin", "operator": "User", "viewer": "Viewer"}
+"""Airflow's users, and their roles there."""
+
+
+def main() -> None:
+    """Make what is missing in the folder given, or in secrets/ beside this project."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "secrets"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for path, make in _files(folder).items():
+        if not path.exists():
+            _write(path, make())
+    senders = folder / "senders"  # `init` and `evergreen sender` write the file in it
+    senders.mkdir(mode=0o700, exist_ok=True)
+    owner = os.getuid() or SOMEBODY
+    if os.getuid() == 0:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, owner, owner)
+    print(owner)  # noqa: T201
+
+
+def _files(folder: Path) -> dict[Path, Callable[[], str]]:
+    """Each file, and what makes its text; one that holds what another says comes after it."""
+
+    def line_of(name: str, start: str) -> str:
+        found = [line for line in (folder / name).read_text().splitlines() if line.startswith(start)]
+        return found[0]
+
+    def user(name: str) -> str:
+        """The name and the password of the account that the platform itself uses there."""
+        _, password = line_of(name, "evergreen:").split(":")
+        return password
+
+    airflow, events, mlflow = "postgres-airflow:5432:airflow", "postgres:5432:evergreen", "postgres:5432:mlflow"
+    makers: dict[str, Callable[[], str]] = {
+        # Airflow's own keys.
+        "fernet_key": lambda: base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
+        "jwt_secret": _password,
+        "api_secret_key": _password,
+        "mlflow_secret_key": _password,
+        # host:port:database:user:password; `init` makes the roles and the databases that it says.
+        "databases": lambda: "\n".join(
+            f"{place}:{place.rpartition(':')[2]}:{_password()}" for place in (airflow, events, mlflow)
+        ),
+        "databases_control": lambda: f"{line_of('databases', airflow)}\n{line_of('databases', events)}",
+        "databases_worker": lambda: line_of("databases", events),
+        "databases_mlflow": lambda: line_of("databases", mlflow),
+        # Celery's broker, and the same account for Redis itself, by the hash of its password.
+        "broker_url": lambda: f"redis://evergreen:{_password()}@redis:6379/0",
+        # Accounts: name:role:password, name:password.
+        "airflow_users": lambda: "\n".join(f"{name}:{role}:{_password()}" for name, role in PEOPLE.items()),
+        "mlflow_users": lambda: f"admin:{_password()}\nevergreen:{_password()}",
+        "mlflow_credentials": lambda: (
+            f"[mlflow]\nmlflow_tracking_username = evergreen\nmlflow_tracking_password = {user('mlflow_users')}"
+        ),
+        "store_password": lambda: f"evergreen:{_password()}",
+        "store_users": lambda: f"evergreen:{_salted(user('store_password'))}",
+        "netrc": lambda: f"machine store login evergreen password {user('store_password')}",
+        "dvc_config": lambda: (
+            "['remote \"store\"']\n    auth = basic\n    method = PUT\n    user = evergreen\n"
+            f"    password = {user('store_password')}"
+        ),
+        "redis_users": lambda: (
+            "user default off\n"
+            f"user evergreen on #{_sha256(folder / 'broker_url')} ~* &* +@all -@dangerous +info +keys"
+        ),
+    }
+    return {folder / name: make for name, make in makers.items()}
+
+
+def _password() -> str:
+    return secrets.token_hex(24)
+
+
+def _salted(password: str) -> str:
+    """As nginx reads it. A password of 192 random bits needs no slow hash."""
+    salt = secrets.token_bytes(8)
+    digest = hashlib.sha1(password.encode() + salt, usedforsecurity=False).digest()
+    return "{SSHA}" + base64.b64encode(digest + salt).decode()
+
+
+def _sha256(broker_url: Path) -> str:
+    password = broker_url.read_text().partition("//evergreen:")[2].partition("@")[0]
+    return hashlib.sha256(password.encode()).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    # redis_users holds a hash, and is read by Redis's own user.
+    mode = 0o644 if path.name == "redis_users" else 0o600
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(descriptor, "w", encoding="ascii") as file:
+        file.write(f"{text}\n")
+    path.chmod(mode)
+
+
+if __name__ == "__main__":
+    main()
