@@ -16,6 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Of the stack's images: wheels to be taken before the index's, and what these files are.
 export EVERGREEN_WHEELS ?= $(or $(firstword $(wildcard $(PIP_FIND_LINKS))),config/wheels)
 export EVERGREEN_REVISION ?= $(shell git describe --always --abbrev=40 --dirty 2>/dev/null)
+export EVERGREEN_SECRETS ?= ./secrets
 COMPOSE := docker compose $(if $(GPU),-f docker-compose.yaml -f docker-compose.gpu.yaml)
 
 help:  ## this text
@@ -52,14 +53,17 @@ down: $(VENV)/.ready  ## stop what `make up` started
 	@$(BIN)/evergreen down
 
 stack:  ## the platform as a team runs it, in containers: build, make the secrets, start, wait (GPU=1: with GPUs)
-	@owner=$$($(PYTHON) config/make_secrets.py) && touch secrets/image.env && export EVERGREEN_UID=$$owner \
+	@owner=$$($(PYTHON) config/make_secrets.py $(EVERGREEN_SECRETS)) && touch $(EVERGREEN_SECRETS)/image.env && export EVERGREEN_UID=$$owner \
 	  && $(COMPOSE) build init store && . ./.env \
-	  && echo "EVERGREEN_IMAGE=$$(docker image inspect --format '{{.Id}}' "$$EVERGREEN_TAG")" > secrets/image.env \
+	  && echo "EVERGREEN_IMAGE=$$(docker image inspect --format '{{.Id}}' "$$EVERGREEN_TAG")" > $(EVERGREEN_SECRETS)/image.env \
 	  && $(COMPOSE) up --detach --wait
-	@echo "Airflow http://127.0.0.1:$(or $(AIRFLOW_PORT),8080) (people: secrets/airflow_users) · MLflow http://127.0.0.1:$(or $(MLFLOW_PORT),5000) (secrets/mlflow_users)"
+	@echo "Airflow http://127.0.0.1:$(or $(AIRFLOW_PORT),8080) (people: $(EVERGREEN_SECRETS)/airflow_users) · MLflow http://127.0.0.1:$(or $(MLFLOW_PORT),5000) ($(EVERGREEN_SECRETS)/mlflow_users)"
 
 stack-down:  ## stop the stack; its data stay, in named volumes
 	@$(COMPOSE) down
+
+stack-test: $(VENV)/.ready-dev  ## bring a stack up from nothing, use it, break it, and take it away again
+	@$(BIN)/python -m pytest -m stack -p no:randomly -s --timeout 3600 tests/stack $(ARGS)
 
 new-pack: $(VENV)/.ready  ## a working pack to start from: make new-pack NAME=churn
 	@test -n "$(NAME)" || { echo "name it: make new-pack NAME=churn"; exit 2; }
@@ -69,10 +73,10 @@ check: $(VENV)/.ready  ## hold a pack to the laws: make check PACK=digits
 	@$(BIN)/evergreen check $(PACK)
 
 test: lint  ## lint, then the tests; of the fault tests a sample
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not fault and not prove and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not fault and not prove and not gpu and not stack" $(ARGS)
 
 faults: $(VENV)/.ready-dev  ## the tests that are too long for make test: faults, and a person at a browser
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "fault and not prove" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "fault and not prove and not stack" $(ARGS)
 
 lint: $(VENV)/.ready-dev  ## ruff, mypy --strict, and who may import whom
 	@$(BIN)/ruff check .

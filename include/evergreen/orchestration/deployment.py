@@ -93,7 +93,7 @@ def make_database(login: Login, socket: Path) -> None:
 
     with psycopg.connect(host=str(socket), user="postgres", dbname="postgres", autocommit=True) as server_:
         # The server, and its log, are told a verifier; the password stays here.
-        verifier = server_.pgconn.encrypt_password(login.password.encode(), login.role.encode(), "scram-sha-256")
+        verifier = server_.pgconn.encrypt_password(login.password.encode(), login.role.encode(), b"scram-sha-256")
         role, database = sql.Identifier(login.role), sql.Identifier(login.database)
         known = server_.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [login.role]).fetchone()
         verb = sql.SQL("ALTER" if known else "CREATE")
