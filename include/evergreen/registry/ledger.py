@@ -95,7 +95,7 @@ def reigns(database: Database, pack: str) -> list[Reign]:
     if not moves and database.latest(pack) is None:
         raise RegistryError(f"nothing is known of a model {pack!r}", fix=nearest(pack, set(database.packs())))
     began = [event for event in moves if event.body["status"] in ("done", "foreign")]
-    ends = [event.at for event in began[1:]] + [None]
+    ends = [*(event.at for event in began[1:]), *([None] if began else [])]
     return [_reign(database, moves, event, until) for event, until in zip(began, ends, strict=True)]
 
 

@@ -1,0 +1,169 @@
+"""A stack of its own for tests: `make stack` under another name, on free ports, with secrets of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from tests.servers import free_port
+
+PROJECT = Path(__file__).resolve().parents[2]
+NAME = "evergreen-stack-test"
+PATIENCE_S = 1200
+"""For what may take long on a machine that has much else to do; nothing is judged by it."""
+
+
+class Stack:
+    """The services, from outside: Docker's word on them, and what they publish on loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        self.secrets = folder / "secrets"
+        self.ports = {name: free_port() for name in ("AIRFLOW_PORT", "MLFLOW_PORT", "STORE_PORT")}
+        self.environment = {
+            **os.environ,
+            **{name: str(port) for name, port in self.ports.items()},
+            "COMPOSE_PROJECT_NAME": NAME,
+            "COMPOSE_FILE": f"{PROJECT}/docker-compose.yaml:{PROJECT}/tests/stack/compose.yaml",
+            "EVERGREEN_SECRETS": str(self.secrets),
+            "EVERGREEN_PUBLIC_URL": f"http://127.0.0.1:{self.ports['AIRFLOW_PORT']}",
+        }
+        self._tokens: dict[str, str] = {}
+
+    def up(self) -> tuple[float, float]:
+        """`make stack`; → seconds until Airflow's UI answered, and until everything was healthy."""
+        begun, answered = time.monotonic(), threading.Event()
+        seconds: list[float] = []
+
+        def look() -> None:
+            while not answered.wait(0.5):
+                try:
+                    urllib.request.urlopen(self.airflow + "/api/v2/version", timeout=2).read()
+                except OSError:
+                    continue
+                seconds.append(time.monotonic() - begun)
+                return
+
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        try:
+            self._run("make", "stack")
+        finally:
+            answered.set()
+            looking.join()
+        return seconds[0], time.monotonic() - begun
+
+    def down(self) -> None:
+        """Stop it, and remove all that it kept."""
+        self.compose("down", "--volumes", "--timeout", "5")
+        shutil.rmtree(self.secrets, ignore_errors=True)
+
+    def compose(self, *arguments: str) -> str:
+        """What `docker compose` prints."""
+        return self._run("docker", "compose", *arguments)
+
+    def run_in(self, service: str, *command: str) -> str:
+        return self.compose("exec", "--no-TTY", service, *command)
+
+    def _run(self, *command: str) -> str:
+        done = subprocess.run(command, cwd=PROJECT, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{(done.stdout + done.stderr)[-4000:]}"
+        return done.stdout
+
+    def containers(self) -> dict[str, list[dict[str, Any]]]:
+        """What `docker inspect` says of each service's containers, those included that have ended."""
+        ids = self.compose("ps", "--all", "--quiet").split()
+        found: dict[str, list[dict[str, Any]]] = {}
+        for told in json.loads(self._run("docker", "inspect", *ids)):
+            found.setdefault(told["Config"]["Labels"]["com.docker.compose.service"], []).append(told)
+        return found
+
+    def docker(self, *arguments: str) -> str:
+        return self._run("docker", *arguments)
+
+    @property
+    def airflow(self) -> str:
+        return f"http://127.0.0.1:{self.ports['AIRFLOW_PORT']}"
+
+    @property
+    def mlflow(self) -> str:
+        return f"http://127.0.0.1:{self.ports['MLFLOW_PORT']}"
+
+    @property
+    def store(self) -> str:
+        return f"http://127.0.0.1:{self.ports['STORE_PORT']}"
+
+    def password(self, file: str, name: str) -> str:
+        """The password of the account `name` in a file of secrets."""
+        lines = (self.secrets / file).read_text().splitlines()
+        return next(line.rpartition(":")[2] for line in lines if line.startswith(f"{name}:"))
+
+    def ask(self, method: str, path: str, body: Any = None, user: str | None = "operator") -> tuple[int, Any]:
+        """Airflow's answer to a person: status and JSON, or text. Nobody is asked for a token where `user` is None."""
+        headers = {"content-type": "application/json"}
+        if user:
+            if user not in self._tokens:
+                login = {"username": user, "password": self.password("airflow_users", user)}
+                self._tokens[user] = self.ask("POST", "/auth/token", login, None)[1]["access_token"]
+            headers["authorization"] = f"Bearer {self._tokens[user]}"
+        request = urllib.request.Request(
+            self.airflow + path, None if body is None else json.dumps(body).encode(), headers, method=method
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                status, said = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, said = error.code, error.read()
+        try:
+            return status, json.loads(said)
+        except ValueError:
+            return status, said.decode(errors="replace")
+
+    def start(self, dag: str, conf: dict[str, Any], user: str = "operator") -> str:
+        """Ask for a run; → its id."""
+        status, run = self.ask("POST", f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf}, user)
+        assert status == 200, run
+        return str(run["dag_run_id"])
+
+    def tasks(self, dag: str, run_id: str) -> dict[str, dict[str, Any]]:
+        """The run's task instances by task."""
+        path = f"/api/v2/dags/{dag}/dagRuns/{quote(run_id, safe='')}/taskInstances"
+        return {task["task_id"]: task for task in self.ask("GET", path)[1]["task_instances"]}
+
+    def finish(self, dag: str, run_id: str) -> dict[str, dict[str, Any]]:
+        """Wait for the run's success; → its task instances."""
+        path = f"/api/v2/dags/{dag}/dagRuns/{quote(run_id, safe='')}"
+        ended = until(lambda: (self._state(path) in ("success", "failed")) or None)
+        assert ended
+        state, tasks = self._state(path), self.tasks(dag, run_id)
+        assert state == "success", {name: task["state"] for name, task in tasks.items()}
+        return tasks
+
+    def _state(self, path: str) -> str | None:
+        try:
+            status, run = self.ask("GET", path)
+        except OSError:  # the API server restarts
+            return None
+        return run["state"] if status == 200 else None
+
+    def evergreen(self, *command: str) -> Any:
+        """What a command of `evergreen` says as JSON, in a worker."""
+        return json.loads(self.run_in("worker", "evergreen", *command, "--json"))
+
+
+def until(condition: Any) -> Any:
+    """What the condition gives as soon as it gives something."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"not within {PATIENCE_S} s")

@@ -1,0 +1,271 @@
+"""The compose stack, brought up from nothing, used as a team uses it, and broken. In order: each test goes on from the last."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.stack.stack import PROJECT, Stack, until
+
+pytestmark = pytest.mark.stack
+
+OURS = {"init", "airflow-api", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer", "worker"}
+PAUSED = ("flight_delay__train", "flight_delay__rollback")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        pytest.skip("no container engine answers here: the stack is not tested")
+    made = Stack(tmp_path_factory.mktemp("stack"))
+    try:
+        made.down()
+        ui_s, all_s = made.up()
+        print(f"\nmake stack: the UI answers after {ui_s:.0f} s, everything is healthy after {all_s:.0f} s")
+        made.compose("up", "--detach", "--wait", "--no-recreate", "--scale", "worker=2")
+        for dag in PAUSED:
+            status, said = made.ask("PATCH", f"/api/v2/dags/{dag}", {"is_paused": False})
+            assert status == 200, said
+        yield made
+    finally:
+        made.down()
+
+
+def secrets_of(stack: Stack) -> set[str]:
+    """Every password and key of the stack."""
+    texts = [file.read_text() for file in stack.secrets.rglob("*") if file.is_file() and file.name != "image.env"]
+    found = set(re.findall(r"[0-9a-f]{48}|[A-Za-z0-9_-]{43}=|whsec_\S{30,}", "\n".join(texts)))
+    assert len(found) > 10
+    return {secret.rstrip("]',\"") for secret in found}
+
+
+def test_containers_are_confined(stack: Stack):
+    """Each runs as somebody but root, without capabilities, on a read-only root, within limits, published on loopback."""
+    containers = stack.containers()
+    assert {"postgres", "postgres-airflow", "redis", "store", "mlflow", "worker-gpu", *OURS} <= containers.keys()
+    for service, told in ((service, each) for service, found in containers.items() for each in found):
+        host, config = told["HostConfig"], told["Config"]
+        assert config["User"] not in ("", "0", "root", "0:0"), service
+        assert (host["CapDrop"], host["CapAdd"], host["Privileged"]) == (["ALL"], None, False), service
+        assert host["SecurityOpt"] == ["no-new-privileges:true"], service
+        assert host["ReadonlyRootfs"], service
+        assert min(host["Memory"], host["NanoCpus"], host["PidsLimit"]) > 0, service
+        assert host["NetworkMode"] != "host", service
+        assert host["PidMode"] == "", service
+        published = [binding for bindings in (host["PortBindings"] or {}).values() for binding in bindings]
+        assert {binding["HostIp"] for binding in published} <= {"127.0.0.1"}, service
+        assert not [mount for mount in told["Mounts"] if mount["Source"].endswith("docker.sock")], service
+        written = {mount["Destination"] for mount in told["Mounts"] if mount["RW"] and mount["Type"] == "bind"}
+        assert written <= ({"/run/senders"} if service in ("init", "airflow-api") else set()), service
+
+
+def test_processes_are_not_roots(stack: Stack):
+    """What runs in the containers has no root's number: the images' own start scripts have not changed that."""
+    for service in stack.compose("ps", "--services").split():
+        users = set(stack.compose("exec", "--no-TTY", service, "sh", "-c", "cat /proc/[0-9]*/status").split("\n"))
+        numbers = {line.split()[1] for line in users if line.startswith("Uid:")}
+        assert numbers, service
+        assert "0" not in numbers, service
+
+
+def test_files_of_secrets_are_the_owners(stack: Stack):
+    """Only their owner can read the secrets; `redis_users` holds a hash."""
+    for path in (stack.secrets, *stack.secrets.rglob("*")):
+        if path.name not in ("redis_users", "image.env"):
+            assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_workers_share_no_disk_and_cannot_reach_airflows_database(stack: Stack):
+    """No volume is two containers', of workers nor of anybody; the database's name means nothing to a worker."""
+    containers = stack.containers()
+    mine = {"init": {"postgres-airflow-socket", "postgres-socket"}}
+    seen: dict[str, str] = {}
+    for service, told in ((service, each) for service, found in containers.items() for each in found):
+        for mount in told["Mounts"]:
+            if mount["Type"] == "volume" and mount["Name"].partition("_")[2] not in mine.get(service, ()):
+                assert mount["Name"] not in seen, f"{service} and {seen[mount['Name']]} share {mount['Destination']}"
+                seen[mount["Name"]] = service
+    assert len(containers["worker"]) == 2
+    for service in ("worker", "worker-gpu", "mlflow", "store"):
+        told = containers[service][0]["NetworkSettings"]["Networks"]
+        assert not [name for name in told if name.endswith("_control")], service
+    looked = "import socket\ntry: print(socket.create_connection(('postgres-airflow', 5432), 3))\nexcept OSError as e: print('no way:', e)"
+    assert "no way" in stack.run_in("worker", "python", "-c", looked)
+
+
+def test_a_secret_that_is_known_is_refused(stack: Stack):
+    """`init`, which everything waits for, fails on a password of the examples, and names the file."""
+    kept = (stack.secrets / "mlflow_users").read_text()
+    try:
+        (stack.secrets / "mlflow_users").write_text("admin:password1234\nevergreen:x\n")
+        done = subprocess.run(
+            ["docker", "compose", "run", "--rm", "--no-deps", "init"],
+            cwd=PROJECT,
+            env=stack.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        (stack.secrets / "mlflow_users").write_text(kept)
+    assert done.returncode != 0
+    assert "secrets/mlflow_users: a secret in it can be guessed" in done.stdout + done.stderr
+
+
+def test_a_run_through_the_rest_api_on_two_workers(stack: Stack):
+    """An operator asks for a run; its stages land on workers without a common disk, and its model is champion."""
+    tasks = stack.finish("flight_delay__train", stack.start("flight_delay__train", {"as_of": "2013-04-01"}))
+    hosts = {name: task["hostname"] for name, task in tasks.items() if task["hostname"]}
+    print("\n", hosts)
+    assert tasks["train"]["queue"] == "gpu"
+    assert len(set(hosts.values())) >= 2
+    [reign] = stack.evergreen("history", "flight_delay")
+    assert (reign["version"], reign["until"]) == (1, None)
+
+
+def test_stock_clients_get_the_model_and_the_snapshot(stack: Stack, tmp_path: Path):
+    """MLflow's own client loads the champion and predicts; `dvc get` fetches the rows that it was made from."""
+    predict = (
+        "import mlflow, sys\n"
+        "model = mlflow.pyfunc.load_model('models:/flight_delay@champion')\n"
+        "print(len(model.predict(model.input_example)))\n"
+        "print(mlflow.MlflowClient().get_model_version_by_alias('flight_delay', 'champion').tags['evergreen.snapshot.tag'])\n"
+    )
+    account = {
+        "MLFLOW_TRACKING_URI": stack.mlflow,
+        "MLFLOW_TRACKING_USERNAME": "evergreen",
+        "MLFLOW_TRACKING_PASSWORD": stack.password("mlflow_users", "evergreen"),
+    }
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", predict],
+        env={**os.environ, **account},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr[-3000:]
+    rows, tag = told.stdout.split()[-2:]
+    assert int(rows) > 0
+    password = stack.password("store_password", "evergreen")
+    place = stack.store.replace("http://", f"http://evergreen:{password}@")
+    options = [f"url={stack.store}/objects", "auth=basic", "user=evergreen", f"password={password}"]
+    got = subprocess.run(
+        [
+            str(Path(sys.executable).parent / "dvc"),
+            *("get", f"{place}/snapshots.git", "flight_delay", "--rev", tag, "--out", str(tmp_path / "rows")),
+            *("--remote-config", *options),
+        ],
+        env={**os.environ, "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert got.returncode == 0, got.stderr[-3000:]
+    assert len(list((tmp_path / "rows").iterdir())) == 81
+
+
+def test_people_do_what_their_role_allows(stack: Stack):
+    """A viewer sees, and starts, promotes and rolls back nothing; nobody gets in without a name."""
+    conf = {"logical_date": None, "conf": {"why": "to see"}}
+    assert stack.ask("GET", "/api/v2/dags/flight_delay__train", user="viewer")[0] == 200
+    for dag in ("flight_delay__train", "flight_delay__rollback", "flight_delay__approval"):
+        assert stack.ask("POST", f"/api/v2/dags/{dag}/dagRuns", conf, "viewer")[0] == 403
+    assert stack.ask("GET", "/api/v2/dags", user=None)[0] == 401
+    assert stack.ask("GET", "/evergreen/metrics", user=None)[0] == 401
+    variable = {"key": "policy", "value": "x"}
+    assert [stack.ask("POST", "/api/v2/variables", variable, user)[0] for user in ("operator", "admin")] == [403, 201]
+
+
+def test_a_worker_killed_in_the_middle_of_training(stack: Stack):
+    """The job goes on where it was when its container comes back, and the run ends with one new version."""
+    run_id = stack.start("flight_delay__train", {"as_of": "2013-05-01"})
+    [gpu] = stack.containers()["worker-gpu"]
+    jobs = ["docker", "exec", gpu["Id"], "sh", "-c", "cat /var/lib/evergreen/jobs/*/progress.jsonl"]
+    seen = len(subprocess.run(jobs, capture_output=True, check=False).stdout)
+    until(lambda: len(subprocess.run(jobs, capture_output=True, check=False).stdout) > seen)
+    stack.docker("kill", "--signal", "KILL", gpu["Id"])
+    stack.docker("start", gpu["Id"])
+    tasks = stack.finish("flight_delay__train", run_id)
+    assert tasks["train"]["try_number"] > 1
+    versions = {reign["version"] for reign in stack.evergreen("history", "flight_delay")}
+    print("\nchampions so far:", versions)
+    assert versions == {1, 2}
+
+
+def test_a_rollback_names_the_person(stack: Stack):
+    """The operator's rollback makes version 1 champion again, and the ledger says who asked."""
+    stack.finish("flight_delay__rollback", stack.start("flight_delay__rollback", {"why": "a rehearsal"}))
+    newest, *_ = stack.evergreen("history", "flight_delay")
+    assert (newest["version"], newest["by"], newest["who"]) == (1, "rollback", "operator")
+
+
+@pytest.mark.parametrize(
+    "service",
+    [
+        *("redis", "store", "mlflow", "postgres", "postgres-airflow", "airflow-scheduler", "airflow-dag-processor"),
+        *("airflow-triggerer", "airflow-api", "worker"),
+    ],
+)
+def test_a_service_restarted_under_load(stack: Stack, service: str):
+    """A run that is under way when a service is restarted, databases at once, ends in success all the same."""
+    run_id = stack.start("flight_delay__train", {"as_of": "2013-05-08", "force": True, "reason": f"{service} restarts"})
+    until(lambda: stack.tasks("flight_delay__train", run_id)["ingest"]["state"] == "running")
+    if service.startswith("postgres"):
+        stack.compose("exec", "--no-TTY", service, "sh", "-c", "pg_ctl stop --mode immediate --pgdata $PGDATA")
+        stack.compose("up", "--detach", "--wait", "--no-recreate", service)
+    else:
+        stack.compose("restart", "--timeout", "10", service)
+    begun = time.monotonic()
+    stack.finish("flight_delay__train", run_id)
+    print(f"\n{service}: restarted; the run ended {time.monotonic() - begun:.0f} s later")
+
+
+def test_nothing_was_lost_and_nothing_was_told(stack: Stack):
+    """The ledger is whole after all that; no log, no inspection and no tag holds a secret."""
+    assert all(row["holds"] for row in stack.evergreen("ledger", "verify"))
+    secrets = secrets_of(stack)
+    told = json.dumps(stack.containers()) + stack.compose("logs", "--no-color", "--no-log-prefix")
+    told += stack.compose("exec", "--no-TTY", "worker", "sh", "-c", "cat $(find $AIRFLOW_HOME/logs -type f)")
+    told += stack.run_in("postgres", "psql", "--username=postgres", "--host=/var/run/postgresql", "evergreen", "-c", "TABLE events")
+    dump = ("pg_dump", "--username=postgres", "--host=/var/run/postgresql", "--data-only")
+    told += stack.run_in("postgres", *dump, "mlflow")
+    told += stack.run_in("postgres-airflow", *dump, "airflow")
+    assert [secret[:6] for secret in secrets if secret in told] == []
+
+
+def test_what_an_idle_stack_takes(stack: Stack):
+    """Four GiB at most; memory and CPU of each service are printed."""
+    time.sleep(30)
+    ids = stack.compose("ps", "--quiet").split()
+    before = {each: _cpu_s(stack, each) for each in ids}
+    time.sleep(60)
+    rows = json.loads("[" + ",".join(stack.docker("stats", "--no-stream", "--format", "{{json .}}", *ids).split("\n")[:-1]) + "]")
+    total_mib = total_cpu = 0.0
+    print()
+    for row in sorted(rows, key=lambda row: row["Name"]):
+        number, unit = re.fullmatch(r"([\d.]+)([KMG]iB)", row["MemUsage"].split(" / ")[0]).groups()
+        mib = float(number) * {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024}[unit]
+        cpu = (_cpu_s(stack, row["ID"]) - next(s for i, s in before.items() if i.startswith(row["ID"]))) / 60 * 100
+        total_mib, total_cpu = total_mib + mib, total_cpu + cpu
+        print(f"{row['Name']:<50} {mib:7.0f} MiB {cpu:6.1f} % of a core")
+    print(f"{'all':<50} {total_mib:7.0f} MiB {total_cpu:6.1f} % of a core")
+    assert total_mib <= 4096
+
+
+def _cpu_s(stack: Stack, container: str) -> float:
+    """Seconds of computing of all its processes, ended ones included, by its control group."""
+    paths = "/sys/fs/cgroup/cpu.stat /sys/fs/cgroup/cpuacct/cpuacct.usage /sys/fs/cgroup/cpu,cpuacct/cpuacct.usage"
+    text = stack.docker("exec", container, "sh", "-c", f"cat {paths} 2>/dev/null || true")
+    if found := re.search(r"usage_usec (\d+)", text):
+        return int(found.group(1)) / 1e6
+    return int(text.split()[-1]) / 1e9
