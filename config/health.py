@@ -21,7 +21,7 @@ def main() -> None:
         with Celery(broker=Path("/run/secrets/broker_url").read_text(encoding="ascii").strip()) as app:
             well = bool(app.control.ping(destination=[f"celery@{socket.gethostname()}"], timeout=10))
     else:
-        with urllib.request.urlopen(what, timeout=8) as answer:
+        with urllib.request.urlopen(what, timeout=8) as answer:  # noqa: S310  an address of the stack's own
             body = answer.read()
         well = not part or json.loads(body)[part[0]]["status"] == "healthy"
     sys.exit(not well)

@@ -81,8 +81,7 @@ def _files(folder: Path) -> dict[Path, Callable[[], str]]:
             f"    password = {user('store_password')}"
         ),
         "redis_users": lambda: (
-            "user default off\n"
-            f"user evergreen on #{_sha256(folder / 'broker_url')} ~* &* +@all -@dangerous +info +keys"
+            f"user default off\nuser evergreen on #{_sha256(folder / 'broker_url')} ~* &* +@all -@dangerous +info +keys"
         ),
     }
     return {folder / name: make for name, make in makers.items()}
@@ -107,10 +106,9 @@ def _sha256(broker_url: Path) -> str:
 def _write(path: Path, text: str) -> None:
     # redis_users holds a hash, and is read by Redis's own user.
     mode = 0o644 if path.name == "redis_users" else 0o600
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with open(descriptor, "w", encoding="ascii") as file:
-        file.write(f"{text}\n")
+    path.touch(mode, exist_ok=False)
     path.chmod(mode)
+    path.write_text(f"{text}\n", encoding="ascii")
 
 
 if __name__ == "__main__":

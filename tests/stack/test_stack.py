@@ -236,7 +236,9 @@ def test_nothing_was_lost_and_nothing_was_told(stack: Stack):
     secrets = secrets_of(stack)
     told = json.dumps(stack.containers()) + stack.compose("logs", "--no-color", "--no-log-prefix")
     told += stack.compose("exec", "--no-TTY", "worker", "sh", "-c", "cat $(find $AIRFLOW_HOME/logs -type f)")
-    told += stack.run_in("postgres", "psql", "--username=postgres", "--host=/var/run/postgresql", "evergreen", "-c", "TABLE events")
+    told += stack.run_in(
+        "postgres", "psql", "--username=postgres", "--host=/var/run/postgresql", "evergreen", "-c", "TABLE events"
+    )
     dump = ("pg_dump", "--username=postgres", "--host=/var/run/postgresql", "--data-only")
     told += stack.run_in("postgres", *dump, "mlflow")
     told += stack.run_in("postgres-airflow", *dump, "airflow")
@@ -249,7 +251,9 @@ def test_what_an_idle_stack_takes(stack: Stack):
     ids = stack.compose("ps", "--quiet").split()
     before = {each: _cpu_s(stack, each) for each in ids}
     time.sleep(60)
-    rows = json.loads("[" + ",".join(stack.docker("stats", "--no-stream", "--format", "{{json .}}", *ids).split("\n")[:-1]) + "]")
+    rows = json.loads(
+        "[" + ",".join(stack.docker("stats", "--no-stream", "--format", "{{json .}}", *ids).split("\n")[:-1]) + "]"
+    )
     total_mib = total_cpu = 0.0
     print()
     for row in sorted(rows, key=lambda row: row["Name"]):

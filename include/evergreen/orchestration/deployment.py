@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psycopg
+from psycopg import sql
+
 from evergreen import database as db
 from evergreen.data.store import Store
 from evergreen.errors import SettingsError
@@ -28,8 +31,25 @@ SHORTEST = 24
 """A secret that is made has 32 characters and more."""
 
 KNOWN = frozenset(
-    ("admin", "airflow", "changeme", "default", "evergreen", "guest", "minioadmin", "mlflow", "password", "postgres")
-    + ("redis", "root", "secret", "temporary_key", "test", "user", "viewer")
+    [
+        "admin",
+        "airflow",
+        "changeme",
+        "default",
+        "evergreen",
+        "guest",
+        "minioadmin",
+        "mlflow",
+        "password",
+        "postgres",
+        "redis",
+        "root",
+        "secret",
+        "temporary_key",
+        "test",
+        "user",
+        "viewer",
+    ]
 )
 """What stands in other projects' examples; a secret made of nothing but such words and digits is refused."""
 
@@ -48,12 +68,12 @@ class Login:
 def main() -> None:
     """Prepare everything, saying what. Raises SettingsError where a secret must not be used."""
     settings = Settings.from_env()
-    passwords = Path.home() / ".pgpass"
-    for path in sorted({*SECRETS.glob("*"), passwords}):
+    for path in sorted(SECRETS.glob("*")):
         refuse_known(path)
-    for login in logins(passwords):
+    for login in logins(SECRETS / "databases"):
         _say(f"database {login.database} on {login.host}")
-        make_database(login, SOCKETS / login.host)
+        with psycopg.connect(host=str(SOCKETS / login.host), user="postgres", autocommit=True) as database_server:
+            make_database(database_server, login)
     for name, prepare in _PREPARE.items():
         _say(name)
         prepare(settings)
@@ -66,7 +86,7 @@ def refuse_known(path: Path) -> None:
         words = secret.lower().strip("0123456789-_!.")
         if len(secret) < SHORTEST or words in KNOWN:
             raise SettingsError(
-                f"secrets/{path.name.lstrip('.')}: a secret in it can be guessed: it is "
+                f"secrets/{path.name}: a secret in it can be guessed: it is "
                 + (f"shorter than {SHORTEST} characters" if len(secret) < SHORTEST else "one that everybody knows"),
                 fix=f"remove that file, and make stack makes another ({path} in this container)",
             )
@@ -86,21 +106,17 @@ def logins(path: Path) -> list[Login]:
     return [Login(*line.split(":")) for line in path.read_text(encoding="ascii").splitlines() if line]
 
 
-def make_database(login: Login, socket: Path) -> None:
-    """The role with its password, and its database, which nobody else may enter, on the server of this socket."""
-    import psycopg
-    from psycopg import sql
-
-    with psycopg.connect(host=str(socket), user="postgres", dbname="postgres", autocommit=True) as server_:
-        # The server, and its log, are told a verifier; the password stays here.
-        verifier = server_.pgconn.encrypt_password(login.password.encode(), login.role.encode(), b"scram-sha-256")
-        role, database = sql.Identifier(login.role), sql.Identifier(login.database)
-        known = server_.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [login.role]).fetchone()
-        verb = sql.SQL("ALTER" if known else "CREATE")
-        server_.execute(sql.SQL("{} ROLE {} LOGIN PASSWORD {}").format(verb, role, sql.Literal(verifier.decode())))
-        if not server_.execute("SELECT 1 FROM pg_database WHERE datname = %s", [login.database]).fetchone():
-            server_.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(database, role))
-        server_.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(database))
+def make_database(database_server: psycopg.Connection[Any], login: Login) -> None:
+    """The role with its password, and its database, which nobody else may enter."""
+    ask = database_server.execute
+    # The server, and its log, are told a verifier; the password stays here.
+    verifier = database_server.pgconn.encrypt_password(login.password.encode(), login.role.encode(), b"scram-sha-256")
+    role, database = sql.Identifier(login.role), sql.Identifier(login.database)
+    verb = sql.SQL("ALTER" if ask("SELECT 1 FROM pg_roles WHERE rolname = %s", [login.role]).fetchone() else "CREATE")
+    ask(sql.SQL("{} ROLE {} LOGIN PASSWORD {}").format(verb, role, sql.Literal(verifier.decode())))
+    if not ask("SELECT 1 FROM pg_database WHERE datname = %s", [login.database]).fetchone():
+        ask(sql.SQL("CREATE DATABASE {} OWNER {}").format(database, role))
+    ask(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(database))
 
 
 def _prepare_airflow(_settings: Settings) -> None:

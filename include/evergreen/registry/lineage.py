@@ -132,8 +132,8 @@ def lineage(
 def code(settings: Settings) -> Code:
     """The git revision of the project and whether its files differ from it."""
     if settings.revision is not None:
-        revision, _, dirty = settings.revision.partition("-")
-        return Code(revision=revision, dirty=bool(dirty), evergreen=evergreen.__version__)
+        noted, _, dirty = settings.revision.partition("-")
+        return Code(revision=noted, dirty=bool(dirty), evergreen=evergreen.__version__)
     revision = _git(settings.project, "rev-parse", "HEAD")
     status = _git(settings.project, "status", "--porcelain", "--", ".") if revision is not None else None
     return Code(

@@ -816,3 +816,15 @@ def test_contents_come_all_at_once(store, cache):
     assert store.contents({ref.hash for ref in refs}) == {
         ref.hash: {"number": number} for number, ref in enumerate(refs)
     }
+
+
+def test_an_empty_repository_of_a_server_says_what_it_holds(tmp_path, store, data):
+    """A bare repository that somebody else made is given the README, once, and snapshots beside it."""
+    subprocess.run(["git", "init", "--quiet", "--bare", "--initial-branch=main", data], check=True)
+    store.open_repository()
+    first = subprocess.run(["git", "-C", data, "rev-parse", "main"], check=True, capture_output=True, text=True).stdout
+    store.open_repository()
+    again = subprocess.run(["git", "-C", data, "rev-parse", "main"], check=True, capture_output=True, text=True).stdout
+    subprocess.run(["git", "clone", "--quiet", data, tmp_path / "clone"], check=True)
+    assert (tmp_path / "clone" / "README.md").read_text().startswith("# Snapshots")
+    assert again == first

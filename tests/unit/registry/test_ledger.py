@@ -245,6 +245,12 @@ def test_history_answers_for_any_instant(promote, database, model):
     assert [reign.version if reign else None for reign in found] == [None, 1, 1, 2, 2]
 
 
+def test_a_model_without_a_champion_has_no_reign(database):
+    """Before the first promotion the history is empty, and no error."""
+    database.append("flights", "run", {"as_of": "2013-04-01T00:00:00+00:00"}, run_id="one")
+    assert ledger.reigns(database, "flights") == []
+
+
 def test_an_unknown_model_is_named(database):
     """A model of which there is no event has no history; one of a like name is shown."""
     database.append("digits", "run", {})

@@ -55,6 +55,13 @@ def test_unknown_file_makes_the_code_dirty(project):
     assert lineage.code(project).dirty
 
 
+@pytest.mark.parametrize(("noted", "dirty"), [("a" * 40, False), (f"{'a' * 40}-dirty", True)])
+def test_code_in_an_image_is_what_the_image_was_made_of(tmp_path, noted, dirty):
+    """Where git cannot be asked, the revision is the one that was noted when the image was built."""
+    settings = evergreen.settings.Settings.from_env({"EVERGREEN_PROJECT": str(tmp_path), "EVERGREEN_REVISION": noted})
+    assert (lineage.code(settings).revision, lineage.code(settings).dirty) == ("a" * 40, dirty)
+
+
 def test_code_outside_git_has_no_revision(tmp_path):
     """A project that is no repository has neither revision nor dirt."""
     settings = evergreen.settings.Settings.from_env({"EVERGREEN_PROJECT": str(tmp_path)})
