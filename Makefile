@@ -13,9 +13,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help run up down stack stack-down stack-test test faults lint prove new-pack check lock bench clean
-# Of the stack's images: wheels to be taken before the index's, and what these files are.
+# Of the stack: wheels to be taken before the index's when its image is built, and where its secrets are.
 export EVERGREEN_WHEELS ?= $(or $(firstword $(wildcard $(PIP_FIND_LINKS))),config/wheels)
-export EVERGREEN_REVISION ?= $(shell git describe --always --abbrev=40 --dirty 2>/dev/null)
 export EVERGREEN_SECRETS ?= ./secrets
 COMPOSE := docker compose $(if $(GPU),-f docker-compose.yaml -f docker-compose.gpu.yaml)
 
@@ -54,6 +53,7 @@ down: $(VENV)/.ready  ## stop what `make up` started
 
 stack:  ## the platform as a team runs it, in containers: build, make the secrets, start, wait (GPU=1: with GPUs)
 	@owner=$$($(PYTHON) config/make_secrets.py $(EVERGREEN_SECRETS)) && touch $(EVERGREEN_SECRETS)/image.env && export EVERGREEN_UID=$$owner \
+	  && export EVERGREEN_REVISION=$$(git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null) \
 	  && $(COMPOSE) build init store && . ./.env \
 	  && echo "EVERGREEN_IMAGE=$$(docker image inspect --format '{{.Id}}' "$$EVERGREEN_TAG")" > $(EVERGREEN_SECRETS)/image.env \
 	  && $(COMPOSE) up --detach --wait

@@ -86,6 +86,14 @@ class Stack:
             found.setdefault(told["Config"]["Labels"]["com.docker.compose.service"], []).append(told)
         return found
 
+    def started(self, service: str) -> set[str]:
+        """When each container of the service was started."""
+        return {told["State"]["StartedAt"] for told in self.containers()[service]}
+
+    def is_well(self, service: str) -> bool:
+        """Whether each container of the service is healthy."""
+        return all(told["State"].get("Health", {}).get("Status") == "healthy" for told in self.containers()[service])
+
     def docker(self, *arguments: str) -> str:
         return self._run("docker", *arguments)
 
@@ -128,7 +136,8 @@ class Stack:
             return status, said.decode(errors="replace")
 
     def start(self, dag: str, conf: dict[str, Any], user: str = "operator") -> str:
-        """Ask for a run; → its id."""
+        """Ask for a run, as soon as Airflow has read the DAG; → its id."""
+        until(lambda: self.ask("GET", f"/api/v2/dags/{dag}")[0] == 200)
         status, run = self.ask("POST", f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf}, user)
         assert status == 200, run
         return str(run["dag_run_id"])
@@ -140,17 +149,16 @@ class Stack:
 
     def finish(self, dag: str, run_id: str) -> dict[str, dict[str, Any]]:
         """Wait for the run's success; → its task instances."""
-        path = f"/api/v2/dags/{dag}/dagRuns/{quote(run_id, safe='')}"
-        ended = until(lambda: (self._state(path) in ("success", "failed")) or None)
-        assert ended
-        state, tasks = self._state(path), self.tasks(dag, run_id)
+        until(lambda: self.state(dag, run_id) in ("success", "failed"))
+        state, tasks = self.state(dag, run_id), self.tasks(dag, run_id)
         assert state == "success", {name: task["state"] for name, task in tasks.items()}
         return tasks
 
-    def _state(self, path: str) -> str | None:
+    def state(self, dag: str, run_id: str) -> str | None:
+        """The run's; None while the API server does not answer."""
         try:
-            status, run = self.ask("GET", path)
-        except OSError:  # the API server restarts
+            status, run = self.ask("GET", f"/api/v2/dags/{dag}/dagRuns/{quote(run_id, safe='')}")
+        except OSError:
             return None
         return run["state"] if status == 200 else None
 
