@@ -1,4 +1,4 @@
-"""Whether a service is well, for the health checks of the stack: `health.py URL [PART]` or `health.py worker`.
+"""Whether a service is well, for the health checks of the stack: `health.py URL [PART | --token FILE]` or `health.py worker`.
 
 Airflow's own commands would say it too, each for seconds of computing; asked twice a minute, that is a tenth of a core.
 """
@@ -21,7 +21,11 @@ def main() -> None:
         with Celery(broker=Path("/run/secrets/broker_url").read_text(encoding="ascii").strip()) as app:
             well = bool(app.control.ping(destination=[f"celery@{socket.gethostname()}"], timeout=10))
     else:
-        with urllib.request.urlopen(what, timeout=8) as answer:  # noqa: S310  an address of the stack's own
+        request = urllib.request.Request(what)  # noqa: S310  an address of the stack's own
+        if part[:1] == ["--token"]:
+            request.add_header("Authorization", f"Bearer {Path(part.pop()).read_text(encoding='ascii').strip()}")
+            part.clear()
+        with urllib.request.urlopen(request, timeout=8) as answer:  # noqa: S310
             body = answer.read()
         well = not part or json.loads(body)[part[0]]["status"] == "healthy"
     sys.exit(not well)

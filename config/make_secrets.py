@@ -22,6 +22,10 @@ SOMEBODY = 10001
 PEOPLE = {"admin": "Admin", "operator": "User", "viewer": "Viewer"}
 """Airflow's users, and their roles there."""
 
+OTHERS = ("redis_users", "metrics_token", "alertmanager_token", "grafana_password")
+"""What Redis, Prometheus, Alertmanager and Grafana read as their images' own users; on the host, the folder's mode keeps
+everybody else out. The first holds a hash."""
+
 
 def main() -> None:
     """Make what is missing in the folder given, or in secrets/ beside this project."""
@@ -80,6 +84,10 @@ def _files(folder: Path) -> dict[Path, Callable[[], str]]:
             "['remote \"store\"']\n    auth = basic\n    method = PUT\n    user = evergreen\n"
             f"    password = {user('store_password')}"
         ),
+        # Who may read the metrics; who Alertmanager is to the webhook; Grafana's admin.
+        "metrics_token": _password,
+        "alertmanager_token": _password,
+        "grafana_password": _password,
         "redis_users": lambda: (
             f"user default off\nuser evergreen on #{_sha256(folder / 'broker_url')} ~* &* +@all -@dangerous +info +keys"
         ),
@@ -104,8 +112,7 @@ def _sha256(broker_url: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    # redis_users holds a hash, and is read by Redis's own user.
-    mode = 0o644 if path.name == "redis_users" else 0o600
+    mode = 0o644 if path.name in OTHERS else 0o600
     path.touch(mode, exist_ok=False)
     path.chmod(mode)
     path.write_text(f"{text}\n", encoding="ascii")

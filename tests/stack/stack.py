@@ -27,7 +27,10 @@ class Stack:
 
     def __init__(self, folder: Path) -> None:
         self.secrets = folder / "secrets"
-        self.ports = {name: free_port() for name in ("AIRFLOW_PORT", "MLFLOW_PORT", "STORE_PORT")}
+        self.ports = {
+            name: free_port()
+            for name in ("AIRFLOW_PORT", "MLFLOW_PORT", "STORE_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT")
+        }
         self.environment = {
             **os.environ,
             **{name: str(port) for name, port in self.ports.items()},
@@ -108,6 +111,21 @@ class Stack:
     @property
     def store(self) -> str:
         return f"http://127.0.0.1:{self.ports['STORE_PORT']}"
+
+    @property
+    def alertmanager(self) -> str:
+        return f"http://127.0.0.1:{self.ports['ALERTMANAGER_PORT']}"
+
+    def post(self, url: str, body: Any) -> None:
+        """Post JSON to a service that asks nobody who they are."""
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+        urllib.request.urlopen(request, timeout=60).read()
+
+    def query(self, expression: str) -> list[Any]:
+        """What Prometheus answers."""
+        url = f"http://127.0.0.1:{self.ports['PROMETHEUS_PORT']}/api/v1/query?query={quote(expression, safe='')}"
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return list(json.loads(answer.read())["data"]["result"])
 
     def password(self, file: str, name: str) -> str:
         """The password of the account `name` in a file of secrets."""

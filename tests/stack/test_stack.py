@@ -11,17 +11,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.contract.test_observed import SELECTOR, rules, shown
 from tests.stack.stack import PROJECT, Stack, until
 
 pytestmark = pytest.mark.stack
 
 OURS = {"init", "airflow-api", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer", "worker"}
+OTHERS = ("redis_users", "metrics_token", "alertmanager_token")
+"""Secrets that are read by the users of others' images."""
 
 RESTARTED = (
     *("postgres", "redis", "store", "postgres-airflow", "mlflow", "worker", "airflow-scheduler"),
-    *("airflow-dag-processor", "airflow-triggerer", "airflow-api"),
+    *("airflow-dag-processor", "airflow-triggerer", "airflow-api", "metrics", "prometheus", "alertmanager"),
 )
 
 
@@ -52,6 +56,7 @@ def test_containers_are_confined(stack: Stack):
     """Each runs as somebody but root, without capabilities, on a read-only root, within limits, published on loopback."""
     containers = stack.containers()
     assert {"postgres", "postgres-airflow", "redis", "store", "mlflow", "worker-gpu", *OURS} <= containers.keys()
+    assert {"metrics", "prometheus", "alertmanager"} <= containers.keys()
     for service, told in ((service, each) for service, found in containers.items() for each in found):
         host, config = told["HostConfig"], told["Config"]
         assert config["User"] not in ("", "0", "root", "0:0"), service
@@ -78,9 +83,9 @@ def test_processes_are_not_roots(stack: Stack):
 
 
 def test_files_of_secrets_are_the_owners(stack: Stack):
-    """Only their owner can read the secrets; `redis_users` holds a hash."""
+    """Nobody else gets into the folder; in it, only what others' images read is open to more than its owner."""
     for path in (stack.secrets, *stack.secrets.rglob("*")):
-        if path.name not in ("redis_users", "image.env"):
+        if path.name not in (*OTHERS, "grafana_password", "image.env"):
             assert path.stat().st_mode & 0o077 == 0, path
 
 
@@ -208,6 +213,40 @@ def test_a_rollback_names_the_person(stack: Stack):
     stack.finish("flight_delay__rollback", stack.start("flight_delay__rollback", {"why": "a rehearsal"}))
     newest, *_ = stack.evergreen("history", "flight_delay")
     assert (newest["version"], newest["by"], newest["who"]) == (1, "rollback", "operator")
+
+
+def test_an_alert_of_alertmanager_ends_in_a_run(stack: Stack):
+    """What Prometheus posts when a rule fires comes to the webhook of the pack that it names, and starts a run."""
+    alert = {
+        "labels": {"alertname": "PredictionsMoved", "pack": "flight_delay", "retrain": "flight_delay"},
+        "annotations": {"summary": "the predictions have moved"},
+    }
+    stack.post(f"{stack.alertmanager}/api/v2/alerts", [alert])
+
+    def answered() -> list[Any]:
+        runs = stack.ask("GET", "/api/v2/dags/flight_delay__train/dagRuns?limit=100")[1]["dag_runs"]
+        return [run for run in runs if (run["conf"] or {}).get("reason", "").startswith("alertmanager")]
+
+    [run] = until(answered)
+    stack.finish("flight_delay__train", run["dag_run_id"])
+    [kept] = [alert for alert in stack.evergreen("alerts", "flight_delay") if alert["sender"] == "alertmanager"]
+    print("\n", kept)
+
+
+def test_prometheus_has_data_for_every_figure(stack: Stack):
+    """Each query of each dashboard, and all that a rule looks at, but for what has not happened here."""
+    stack.start("flight_delay__monitor", {"as_of": "2013-05-15"})
+    never = {"evergreen_days_since_backup", "evergreen_budget", "evergreen_stage_failures_total"}
+    asked = [query for _, query in shown()] + [
+        each for rule in rules().values() for each in SELECTOR.findall(rule["expr"])
+    ]
+    asked = [query for query in asked if not any(name in query for name in never)]
+
+    def missing() -> list[str]:
+        return [query for query in asked if not stack.query(query)]
+
+    until(lambda: not missing())
+    assert stack.query('up{job="evergreen"} == 1')
 
 
 def test_each_service_restarted_under_load(stack: Stack):

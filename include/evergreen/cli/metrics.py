@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import ipaddress
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -58,7 +59,8 @@ def metrics(
         from evergreen.orchestration import embedded
 
         with contextlib.redirect_stdout(sys.stderr):  # where Airflow makes its database, it says so
-            embedded.prepare(settings)
+            if "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN" not in os.environ:
+                embedded.prepare(settings)
             from evergreen.orchestration.platform import Platform
 
         registry.register(Platform(settings))

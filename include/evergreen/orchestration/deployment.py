@@ -155,6 +155,12 @@ def _pair(line: str) -> tuple[str, str]:
     return name, password
 
 
+def _prepare_senders(settings: Settings) -> None:
+    senders.ensure(settings)
+    token = (SECRETS / "alertmanager_token").read_text(encoding="ascii").strip()
+    senders.accept(settings.senders, "alertmanager", "bearer", token)
+
+
 def _prepare_repository(settings: Settings) -> None:
     Store(settings).open_repository()
 
@@ -164,7 +170,7 @@ _PREPARE: Mapping[str, Callable[[Settings], None]] = {
     "people": _prepare_people,
     "the events": _prepare_events,
     "MLflow's tables and accounts": _prepare_mlflow,
-    "senders": senders.ensure,
+    "senders": _prepare_senders,
     "the snapshots' repository": _prepare_repository,
 }
 

@@ -118,6 +118,14 @@ def ensure(settings: Settings) -> None:
                 _give(senders, senders.get(name, Sender(name)), "signing")
 
 
+def accept(path: Path, name: str, kind: Kind, secret: str) -> None:
+    """Let the sender `name` in by a secret that was made elsewhere, beside the newest it had. Raises SendersError."""
+    with _changing(path) as senders:
+        sender = senders.get(name, Sender(name))
+        if secret not in getattr(sender, kind):
+            senders[name] = Sender(**{**vars(sender), kind: (secret, *getattr(sender, kind)[:1])})
+
+
 def own_secret(settings: Settings, name: str = OWN) -> str:
     """The secret that this home signs with as `name`: the newest. Raises SendersError."""
     _, senders = read(settings.senders)

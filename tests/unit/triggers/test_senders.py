@@ -34,6 +34,15 @@ def test_a_made_secret_is_the_senders(path):
     assert (known["script"].signing, known["alertmanager"].bearer) == ((signing,), (bearer,))
 
 
+def test_a_secret_made_elsewhere_is_taken_once(path):
+    """Beside the newest before it, as in a rotation; taken again, nothing changes."""
+    for _ in range(2):
+        senders.accept(path, "alertmanager", "bearer", TOKEN)
+    assert Senders(path).now()["alertmanager"].bearer == (TOKEN,)
+    senders.accept(path, "alertmanager", "bearer", f"new-{TOKEN}")
+    assert Senders(path).now()["alertmanager"].bearer == (f"new-{TOKEN}", TOKEN)
+
+
 def test_only_its_owner_can_read_the_file(path):
     """From its making on, and after a change."""
     for name in ("one", "two"):
