@@ -12,7 +12,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down stack stack-down stack-test test faults lint prove new-pack check lock bench clean
+.PHONY: help run up down stack stack-down stack-test backup restore upgrade test faults lint prove new-pack check lock bench clean
 # Of the stack: wheels to be taken before the index's when its image is built, and where its secrets are.
 export EVERGREEN_WHEELS ?= $(or $(firstword $(wildcard $(PIP_FIND_LINKS))),config/wheels)
 export EVERGREEN_SECRETS ?= ./secrets
@@ -61,6 +61,16 @@ stack:  ## the platform as a team runs it, in containers: build, make the secret
 
 stack-down:  ## stop the stack; its data stay, in named volumes
 	@$(COMPOSE) down
+
+backup:  ## all that the stack keeps, into backups/, at one consistent point: make backup [TO=FOLDER]
+	@$(PYTHON) config/backup.py make $(or $(TO),backups)
+
+restore:  ## a backup into a stack that has no volumes yet: make restore FROM=backups/20260101T000000Z
+	@test -n "$(FROM)" || { echo "which: make restore FROM=backups/…"; exit 2; }
+	@$(PYTHON) config/backup.py restore $(FROM)
+	@$(MAKE) --no-print-directory stack
+
+upgrade: backup stack  ## a backup, then the stack from these files: new images, databases brought up to date
 
 stack-test: $(VENV)/.ready-dev  ## bring a stack up from nothing, use it, break it, and take it away again
 	@$(BIN)/python -m pytest -m stack -p no:randomly -s --timeout 3600 tests/stack $(ARGS)

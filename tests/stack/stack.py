@@ -73,6 +73,10 @@ class Stack:
         """What `docker compose` prints."""
         return self._run("docker", "compose", *arguments)
 
+    def make(self, *arguments: str) -> str:
+        """What `make` prints."""
+        return self._run("make", *arguments)
+
     def run_in(self, service: str, *command: str) -> str:
         return self.compose("exec", "--no-TTY", service, *command)
 

@@ -284,6 +284,29 @@ def test_nothing_was_lost_and_nothing_was_told(stack: Stack):
     assert [secret[:6] for secret in secrets if secret in told] == []
 
 
+def test_a_backup_goes_into_an_empty_stack(stack: Stack, tmp_path: Path):
+    """All is as it was: champion, ledger, lineage, objects, people; what was backed up is not overwritten by accident."""
+    before = stack.evergreen("history", "flight_delay"), stack.evergreen("lineage", "flight_delay@champion")
+    print("\n" + stack.make("backup", f"TO={tmp_path}"))
+    [folder] = tmp_path.iterdir()
+    refused = subprocess.run(
+        ["make", "restore", f"FROM={folder}"],
+        cwd=PROJECT,
+        env=stack.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode != 0
+    assert "a backup goes into an empty one" in refused.stderr
+    stack.down()
+    stack.make("restore", f"FROM={folder}")
+    assert (stack.evergreen("history", "flight_delay"), stack.evergreen("lineage", "flight_delay@champion")) == before
+    assert all(row["holds"] for row in stack.evergreen("ledger", "verify"))
+    stack.evergreen("drill", "flight_delay")
+    assert stack.ask("GET", "/api/v2/dags/flight_delay__train", user="viewer")[0] == 200
+
+
 def test_what_an_idle_stack_takes(stack: Stack):
     """Four GiB at most; memory and CPU of each service are printed."""
     time.sleep(30)
