@@ -67,6 +67,7 @@ def check_pack(
             "EVERGREEN_HOME": str(home),
             "EVERGREEN_PROJECT": str(settings.project),
             "EVERGREEN_PACKS": str(settings.packs),
+            "EVERGREEN_IMAGE": settings.image or "",
         }
     )
     instant = as_of or (pack.clock.start if pack.clock else datetime.now(UTC))

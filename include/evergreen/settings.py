@@ -41,7 +41,7 @@ class Settings(BaseModel):
     url: str | None = None
     """Airflow's API server, where alerts are sent; None: the one that runs on this home."""
     image: str | None = None
-    """The container image this process runs in, by digest, when it does."""
+    """Evergreen's container image, by digest: what this process runs in, when it does, and what jobs can run in."""
     revision: str | None = None
     """The project's git revision, where its files are in an image and git cannot be asked; `-dirty` if they differ."""
 

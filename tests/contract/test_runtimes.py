@@ -16,6 +16,8 @@ import pytest
 
 import evergreen
 from evergreen.errors import JobError
+from evergreen.settings import Settings
+from evergreen.training import jobs
 from evergreen.training.runtimes import Runtime, docker, process
 
 SLEEP = "import time\ndef read(window):\n    time.sleep(600)\n    yield None\n"
@@ -49,7 +51,7 @@ def image() -> str:
     content.seek(0)
     made, _ = engine.images.build(fileobj=content, custom_context=True, rm=True, labels={"evergreen.test": "runtimes"})
     yield made.id
-    engine.images.remove(made.id)
+    engine.images.remove(made.id, force=True)
     engine.close()
 
 
@@ -289,3 +291,42 @@ def test_without_an_engine_the_fix_is_named(tmp_path, monkeypatch):
     with pytest.raises(JobError, match="no container engine answers") as caught:
         docker.alive(tmp_path)
     assert "training.runtime: process" in caught.value.fix
+
+
+@pytest.mark.parametrize("runtime", [docker], ids=["docker"], indirect=True)
+def test_a_job_in_a_container_is_adopted_cancelled_and_discarded(runtime, tmp_path):
+    """Asked for again while it runs, it is the same container; in the end nothing is left of it."""
+    settings = Settings.from_env({"EVERGREEN_HOME": str(tmp_path)})
+    told = {"id": "a", "kind": "read", "pack": "demo", "call": "model:read", "timeout_s": 60, **CONTAINER}
+    spec = jobs.JobSpec.model_validate(told | {"target": "y", "event_time": "t", "task": "binary", "gpus": 0})
+
+    def fill(folder):
+        (folder / "pack").mkdir()
+        (folder / "pack" / "model.py").write_text(SLEEP)
+
+    first, second = jobs.start(settings, spec, fill), jobs.start(settings, spec, fill)
+    assert (first.found, second.found) == ("absent", "alive")
+    jobs.cancel(second)
+    with pytest.raises(JobError, match="ended without a result"):
+        jobs.wait(first)
+    jobs.discard(settings, "a")
+    assert not runtime.alive(first.folder)
+    assert not first.folder.exists()
+
+
+@pytest.mark.parametrize("runtime", [docker], ids=["docker"], indirect=True)
+def test_links_that_a_container_leaves_are_not_followed(runtime, tmp_path):
+    """It may name a file of the machine, which only the reader could open."""
+    settings = Settings.from_env({"EVERGREEN_HOME": str(tmp_path)})
+    told = {"id": "a", "kind": "read", "pack": "demo", "call": "model:read", "timeout_s": 60, **CONTAINER}
+    spec = jobs.JobSpec.model_validate(told | {"target": "y", "event_time": "t", "task": "binary", "gpus": 0})
+
+    def fill(folder):
+        (folder / "pack").mkdir()
+        (folder / "pack" / "model.py").write_text(
+            "import os\ndef read(window):\n    os.symlink('/etc/hostname', 'progress.jsonl')\n    return []\n"
+        )
+
+    with pytest.raises(JobError, match=r"progress\.jsonl is neither a file nor a folder"):
+        jobs.wait(jobs.start(settings, spec, fill))
+    jobs.discard(settings, "a")

@@ -194,6 +194,8 @@ def wait(handle: Handle, on_progress: Callable[[Progress], None] | None = None) 
     with _claimed(folder):
         if runtime.join(folder, timeout_s=0.0):  # nobody has started it again
             runtime.stop(folder)  # what its function may have left running
+    if spec.container:
+        _refuse_what_is_no_file(folder)
     result = read_result(folder)
     if result is None:
         if folder.exists() and shutil.disk_usage(folder).free < LITTLE_BYTES:
@@ -209,6 +211,16 @@ def wait(handle: Handle, on_progress: Callable[[Progress], None] | None = None) 
     if result.failure is not None:
         raise _error(result.failure, folder, spec)
     return result
+
+
+def _refuse_what_is_no_file(folder: Path) -> None:
+    """Raise JobError for a link or a pipe that a job in a container left: whoever reads it may reach further than the job."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise JobError(
+                f"{path} is neither a file nor a folder",
+                fix="let the job leave files only, and nothing that leads elsewhere",
+            )
 
 
 def cancel(handle: Handle) -> None:
@@ -245,7 +257,7 @@ def sweep(settings: Settings, pack: str) -> None:
     """
     for folder in settings.jobs.glob("*/"):
         if _is_over(folder, pack):
-            with suppress(BlockingIOError), _claimed(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with suppress(BlockingIOError, JobError), _claimed(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 if _is_over(folder, pack) and not _runtime(folder).alive(folder):
                     shutil.rmtree(folder, ignore_errors=True)
 
@@ -267,10 +279,15 @@ def _is_over(folder: Path, pack: str) -> bool:
     return spec.pack == pack and (idle_s > KEPT_S or (result is not None and result.ok))
 
 
+def _no_link(path: str, flags: int) -> int:
+    """Open a file that a living job may be putting something else in the place of: no link is followed, no pipe waited for."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
 def progress(folder: Path) -> Progress | None:
     """How far the job in `folder` is; None before its first report."""
     try:
-        with (folder / "progress.jsonl").open("rb") as file:
+        with open(folder / "progress.jsonl", "rb", opener=_no_link) as file:
             begin = max(0, file.seek(0, os.SEEK_END) - 8192)
             file.seek(begin)
             found = file.read().splitlines(keepends=True)
@@ -290,7 +307,8 @@ def progress(folder: Path) -> Progress | None:
 def read_result(folder: Path) -> JobResult | None:
     """The result in a job's folder; None where there is none, or where an output it names is missing or truncated."""
     try:
-        result = JobResult.model_validate_json((folder / "output" / "result.json").read_bytes())
+        with open(folder / "output" / "result.json", "rb", opener=_no_link) as file:
+            result = JobResult.model_validate_json(file.read())
     except (OSError, ValueError):
         return None
     return result if _holds(folder / "output", result.files) else None

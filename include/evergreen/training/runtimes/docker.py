@@ -154,7 +154,7 @@ def _user(folder: Path) -> str:
     if os.geteuid() != 0:
         return f"{os.geteuid()}:{os.getegid()}"
     for place in (folder, *(path for path in folder.rglob("*") if folder / "input" not in (path, *path.parents))):
-        os.chown(place, NOBODY, NOBODY)
+        os.chown(place, NOBODY, NOBODY, follow_symlinks=False)
     return f"{NOBODY}:{NOBODY}"
 
 
