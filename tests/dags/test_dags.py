@@ -229,3 +229,19 @@ def test_every_broken_pack_is_named(packs):
     change(packs, "apple", '"0 3 * * *"', '"often"')
     error = parse(BROKEN).import_errors["broken_packs.py"]
     assert [part for part in ("apple/pack.yaml", "pear/pack.yaml", "sead", "often") if part not in error] == []
+
+
+@pytest.mark.parametrize(("executor", "gpus", "asks"), [
+    ("KubernetesExecutor", "1", {"nvidia.com/gpu": "1"}),
+    ("KubernetesExecutor", "auto", None),
+    ("CeleryExecutor", "1", None),
+])  # fmt: skip
+def test_on_kubernetes_a_training_asks_for_the_gpu_that_its_pack_insists_on(packs, monkeypatch, executor, gpus, asks):
+    """By the pod of the one task that trains; a worker of Celery is found by its queue."""
+    monkeypatch.setenv("AIRFLOW__CORE__EXECUTOR", executor)
+    change(packs, "apple", "training:", f"training:\n  gpus: {gpus}")
+    dag = parse().dags["apple__train"]
+    config = dag.get_task("train").executor_config
+    assert ((config and config["pod_override"].spec.containers[0].resources.limits) or None) == asks
+    assert not dag.get_task("evaluate").executor_config
+    assert dag.get_task("train").queue == "gpu"

@@ -66,6 +66,7 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
         retry_delay=timedelta(seconds=5),
         execution_timeout=None,  # the job has its own, and outlives the task
         queue=GPU if stage == "train" and pack.training.gpus != 0 else "default",
+        executor_config=_pod(pack) if stage == "train" else None,
         doc_md=CHAIN[stage].__doc__,
     )
     def act(**values: Any) -> dict[str, Any]:
@@ -85,12 +86,27 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
     return act
 
 
+def _pod(pack: Pack) -> dict[str, Any] | None:
+    """On Kubernetes, what the pod of a training asks the cluster for: the GPU that the pack insists on.
+
+    `gpus: auto` asks for none: where the cluster has no GPU to give, its pod would wait for ever.
+    """
+    if pack.training.gpus != 1 or "KubernetesExecutor" not in conf.get("core", "executor"):
+        return None
+    from kubernetes.client import models as k8s  # half a second of every parse, where it is needed
+
+    asks = k8s.V1ResourceRequirements(limits={"nvidia.com/gpu": "1"})
+    container = k8s.V1Container(name="base", resources=asks)
+    return {"pod_override": k8s.V1Pod(spec=k8s.V1PodSpec(containers=[container]))}
+
+
 def monitor_task(pack: Pack) -> Any:
     """An Airflow task that looks at the newest windows of `pack`, and posts the alert that follows from a shift.
 
     A look that a person must see to ends as a failed task, which nobody tries again: a data fault, or one for which
-    `ingest` or `validate` gave nothing; one that a run of the pack kept from looking is skipped. Failed tasks are what callbacks, e-mail and metrics of an Airflow are wired to;
-    and this being the DAG's last task, the run would else be green over a red one.
+    `ingest` or `validate` gave nothing; one that a run of the pack kept from looking is skipped. Failed tasks are what
+    callbacks, e-mail and metrics of an Airflow are wired to; and this being the DAG's last task, the run would else be
+    green over a red one.
     """
 
     @task(
