@@ -85,6 +85,8 @@ class _Answer(BaseHTTPRequestHandler):
             status = HTTPStatus.UNAUTHORIZED
         elif isinstance(ill, int):
             status = HTTPStatus(ill)
+        elif body is None and not place.exists():
+            status = HTTPStatus.NOT_FOUND
         elif body is None:
             place.unlink()
         else:
