@@ -243,7 +243,7 @@ def test_a_killed_look_that_goes_back_ends_as_an_undisturbed_one(tmp_path):
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_a_way_back_killed_at_any_call_ends_as_an_undisturbed_one(tmp_path, capsys):
     """Before every append, job and write to MLflow from the look's event on; what comes before is as in any look."""
     ((found),) = tried([str(tmp_path / "fall"), "fall", "points", "monitor/append", "withdraw/"])

@@ -246,7 +246,7 @@ def test_a_promotion_and_a_rollback_at_once_make_one_champion(trials):
 
 
 @pytest.mark.prove
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_five_hundred_races_make_one_champion_each(run_trials, tmp_path):
     """The same races 500 times each."""
     answer = run_trials(tmp_path, 500, "create_run#1")
