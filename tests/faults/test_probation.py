@@ -245,11 +245,15 @@ def test_a_killed_look_that_goes_back_ends_as_an_undisturbed_one(tmp_path):
 @pytest.mark.prove
 @pytest.mark.timeout(3600)
 def test_a_way_back_killed_at_any_call_ends_as_an_undisturbed_one(tmp_path, capsys):
-    """Before every append, job and write to MLflow from the look's event on; what comes before is as in any look."""
+    """Before every append, job and write to MLflow from the look's event on; what comes before is as in any look.
+
+    What may be left is the folder of the job that predicted the golden batch, which nobody adopts: jobs are swept.
+    """
     ((found),) = tried([str(tmp_path / "fall"), "fall", "points", "monitor/append", "withdraw/"])
     whole = found["undisturbed"]
     differing = {
-        trial["point"]: [name for name in whole if trial["state"][name] != whole[name]] for trial in found["trials"]
+        trial["point"]: [name for name in whole if name != "left in jobs" and trial["state"][name] != whole[name]]
+        for trial in found["trials"]
     }
     with capsys.disabled():
         sys.stdout.write("".join(f"\n{point:45} {', '.join(names) or 'same'}" for point, names in differing.items()))
