@@ -68,6 +68,13 @@ def apple(tmp_path_factory):
         return parse().dags["apple__train"]
 
 
+def test_training_waits_for_a_worker_with_a_gpu(packs):
+    """`train` is in the queue gpu, unless the pack wants none; every other task is in the default queue."""
+    change(packs, "pear", "training:\n", "training:\n  gpus: 0\n")
+    queues = {name: {task.task_id for task in dag.tasks if task.queue == "gpu"} for name, dag in parse().dags.items()}
+    assert queues == {"apple__train": {"train"}, "pear__train": set()}
+
+
 def test_every_pack_gives_a_training_dag(packs):
     """The DAGs are <pack>__train for each pack, and no others."""
     assert sorted(parse().dags) == ["apple__train", "pear__train"]
