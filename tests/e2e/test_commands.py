@@ -309,7 +309,7 @@ LINEAGE = """
     hardware.device hardware.name hardware.driver training.params.steps training.seed training.duration_s
     metrics.*.value metrics.*.low metrics.*.high verdict.decision verdict.reasons
     windows.train.start windows.train.end windows.validation.start windows.validation.end
-    windows.holdout.start windows.holdout.end
+    windows.holdout.start windows.holdout.end pruned
 """
 REJUDGED = """
     model version verdicts.run_id verdicts.at verdicts.position verdicts.wrong verdicts.written.decision
