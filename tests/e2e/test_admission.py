@@ -22,7 +22,7 @@ from evergreen.settings import Settings
 from evergreen.triggers import inbox
 from evergreen.triggers.inbox import NewAlert
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
 
 DAGS = Path(__file__).parents[2] / "dags"
 TRIGGERS = "triggers: {on_new_data: true, admission: {cooldown: 0s}}"

@@ -11,6 +11,8 @@ import pytest
 
 from evergreen.errors import JobError
 
+pytestmark = pytest.mark.fault
+
 STAGES = ["ingest", "validate", "snapshot", "train", "evaluate", "register", "promote"]
 POINTS = {
     "ingest": ["put/3"],
@@ -118,7 +120,6 @@ def test_a_killed_training_job_is_a_failure_and_the_retry_trains_again(home, kep
 
 
 @pytest.mark.slow
-@pytest.mark.fault
 def test_a_look_killed_at_every_turn_ends_as_an_undisturbed_one(tmp_path):
     """Killed while it scores, reports, records and alerts, and tried again each time: one look, one page, one alert."""
     ((found),) = tried([str(tmp_path / "look"), "shift", "row", *LOOK])
