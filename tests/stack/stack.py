@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -119,6 +121,25 @@ class Stack:
     @property
     def alertmanager(self) -> str:
         return f"http://127.0.0.1:{self.ports['ALERTMANAGER_PORT']}"
+
+    @contextlib.contextmanager
+    def scheduling(self, *wanted: str) -> Iterator[None]:
+        """While inside, Airflow begins runs of these DAGs by itself; else it begins what is asked for alone."""
+        until(lambda: self.ask("GET", "/api/v2/dags?limit=100")[1].get("total_entries", 0) >= len(wanted))
+        others = {dag["dag_id"] for dag in self.ask("GET", "/api/v2/dags?limit=100")[1]["dags"]} - {*wanted}
+        self._pause(others, True)
+        self._schedule(True)
+        yield
+        self._schedule(False)
+        self._pause(others, False)
+
+    def _pause(self, dags: set[str], paused: bool) -> None:
+        for dag in dags:
+            assert self.ask("PATCH", f"/api/v2/dags/{dag}", {"is_paused": paused}, "admin")[0] == 200, dag
+
+    def _schedule(self, schedules: bool) -> None:
+        self.environment["SCHEDULES"] = str(schedules)
+        self.compose("up", "--detach", "--wait", "--no-deps", "airflow-scheduler")
 
     def post(self, url: str, body: Any) -> None:
         """Post JSON to a service that asks nobody who they are."""
