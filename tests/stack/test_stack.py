@@ -248,8 +248,6 @@ def test_an_alert_of_alertmanager_ends_in_a_run(stack: Stack):
         stack.finish("digits__train", kept["run_id"])
     print(f"\n{kept['reason']}: {kept['outcome']}, {kept['run_id']}")
     assert kept["outcome"] in ("retrain", "merge")
-        "promoted"
-    ]
 
 
 def test_prometheus_has_data_for_every_figure(stack: Stack):
