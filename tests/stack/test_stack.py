@@ -239,9 +239,8 @@ def test_an_alert_of_alertmanager_ends_in_a_run(stack: Stack):
         stack.post(f"{stack.alertmanager}/api/v2/alerts", [alert])
 
         def decided() -> Any:
-            [kept] = [each for each in stack.evergreen("alerts", "digits") if each["sender"] == "alertmanager"] or [
-                None
-            ]
+            alerts = stack.evergreen("alerts", "digits")
+            kept = next((each for each in alerts if each["sender"] == "alertmanager"), None)
             return kept and kept["final"] and kept
 
         kept = until(decided)
