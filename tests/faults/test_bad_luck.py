@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.web import serving
 
-from evergreen.errors import RegistryError, SourceError, StoreError
+from evergreen.errors import RegistryError, StoreError, UnreachableError
 from evergreen.history import history_of
 
 NEXT = datetime(2024, 1, 14, tzinfo=UTC)
@@ -72,7 +72,7 @@ class Away:
 def test_an_unreachable_source(home):
     """The address is named, and what to check; reachable again, it is read."""
     home.write(source={"kind": "parquet", "path": "http://127.0.0.1:9/rows.parquet"})
-    home.refuses(SourceError, "unreachable", says=["http://127.0.0.1:9/rows.parquet", "network", "credentials"])
+    home.refuses(UnreachableError, "unreachable", says=["http://127.0.0.1:9/rows.parquet", "network", "credentials"])
     home.write()
     assert home.perform("reachable", until="ingest")["ingest"].rows == 1100
 
@@ -83,7 +83,7 @@ def test_a_source_whose_server_fails_halfway(home):
     with serving(home.rows) as web:
         home.write(source={"kind": "parquet", "path": f"{web.url}/*.parquet"})
         web.ills["/012.parquet"] = "cut"
-        home.refuses(SourceError, "halfway", as_of=NEXT, says=[f"{web.url}/012.parquet", "network", "run again"])
+        home.refuses(UnreachableError, "halfway", as_of=NEXT, says=[f"{web.url}/012.parquet", "network", "run again"])
         web.ills.clear()
         assert home.perform("halfway", as_of=NEXT, until="ingest")["ingest"].rows == 1100
 
