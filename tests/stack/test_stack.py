@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,7 @@ def test_an_alert_of_alertmanager_ends_in_a_run(stack: Stack):
     alert = {
         "labels": {"alertname": "PredictionsMoved", "pack": "digits", "retrain": "digits"},
         "annotations": {"summary": "the predictions have moved"},
+        "endsAt": (datetime.now(UTC) + timedelta(hours=1)).isoformat(),  # or it would be resolved in five minutes
     }
     with stack.scheduling("evergreen__admission", "digits__train"):
         stack.post(f"{stack.alertmanager}/api/v2/alerts", [alert])
