@@ -127,11 +127,13 @@ class Stack:
         """While inside, Airflow begins runs of these DAGs by itself; else it begins what is asked for alone."""
         until(lambda: self.ask("GET", "/api/v2/dags?limit=100")[1].get("total_entries", 0) >= len(wanted))
         others = {dag["dag_id"] for dag in self.ask("GET", "/api/v2/dags?limit=100")[1]["dags"]} - {*wanted}
-        self._pause(others, True)
-        self._schedule(True)
-        yield
-        self._schedule(False)
-        self._pause(others, False)
+        try:
+            self._pause(others, True)
+            self._schedule(True)
+            yield
+        finally:
+            self._schedule(False)
+            self._pause(others, False)
 
     def _pause(self, dags: set[str], paused: bool) -> None:
         for dag in dags:
