@@ -93,7 +93,7 @@ def free_port():
         return trial.getsockname()[1]
 
 
-def until(condition, timeout_s=90.0):
+def until(condition, timeout_s=180.0):
     """What the condition gives as soon as it is true."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
