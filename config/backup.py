@@ -30,6 +30,10 @@ def make(where: Path) -> Path:
     """Copy everything into a new folder of `where`; → the folder."""
     name = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     folder, whole = where / f".{name}", where / name
+    made = (_secrets() / "image.env").is_file()
+    running = _compose("ps", "--services", "--status", "running").split() if made else []
+    if missing := {*DATABASES, *FOLDERS, "metrics"} - {*running}:
+        sys.exit(f"not running: {', '.join(sorted(missing))}; nothing was copied; start the stack: make stack")
     folder.mkdir(mode=0o700, parents=True)
     begun = time.monotonic()
     try:

@@ -84,3 +84,18 @@ def test_a_role_enters_its_own_database_alone(postgres):
         ]
         kept = server.execute("SELECT rolpassword FROM pg_authid WHERE rolname = 'one'").fetchone()
     assert kept[0].startswith("SCRAM-SHA-256$")
+
+
+def test_a_backup_of_a_stack_that_does_not_run_is_refused(tmp_path):
+    """It says what does not run and what to do, and leaves nothing behind."""
+    told = subprocess.run(
+        [sys.executable, MAKE.with_name("backup.py"), "make", tmp_path / "backups"],
+        env={"PATH": "/usr/bin:/bin", "EVERGREEN_SECRETS": str(tmp_path / "secrets")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 1
+    assert "not running: metrics, mlflow, postgres" in told.stderr
+    assert "make stack" in told.stderr
+    assert list(tmp_path.iterdir()) == []
