@@ -265,8 +265,8 @@ def _body(alert: NewAlert) -> dict[str, Any]:
 def _of(connection: sa.Connection, alerts: Sequence[str], *kinds: str) -> Iterator[Event]:
     """The events of these kinds about `alerts`, each alert's in the order in which they were appended."""
     query = sa.select(*COLUMNS).where(events.c.kind.in_(kinds)).order_by(events.c.id)
-    for start in range(0, len(alerts), 1000):
-        for row in connection.execute(query.where(events.c.key.in_(alerts[start : start + 1000]))):
+    for some in _batches(alerts):
+        for row in connection.execute(query.where(events.c.key.in_(some))):
             yield event_of(row)
 
 
@@ -309,10 +309,14 @@ def _change(chain: Chain, rows: list[dict[str, Any]]) -> None:
         chain.connection.execute(change, chosen)
 
 
+def _batches(alerts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """So many at a time as one statement may name."""
+    return (alerts[start : start + 1000] for start in range(0, len(alerts), 1000))
+
+
 def _remove(chain: Chain, alerts: list[str]) -> None:
-    if alerts:
-        gone = sa.delete(undecided).where(undecided.c.alert == sa.bindparam("row"))
-        chain.connection.execute(gone, [{"row": alert} for alert in alerts])
+    for some in _batches(alerts):
+        chain.connection.execute(sa.delete(undecided).where(undecided.c.alert.in_(some)))
 
 
 def _text(instant: datetime) -> str:
