@@ -10,6 +10,7 @@ by `POST dagRuns`, from that instant to its task.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
@@ -17,8 +18,10 @@ import sqlite3
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -133,7 +136,7 @@ def measure(
                 ):
                     asked = datetime.now(UTC)
                     airflow.post(path, json=body).raise_for_status()
-                    peers[way].append(until(lambda way=way, asked=asked: first_task_after(rows, way, asked)))
+                    peers[way].append(until(functools.partial(first_task_after, rows, way, asked)))
             time.sleep(max(0.0, began + PACE_S - time.monotonic()))
         until(lambda: not inbox.intended(database))
         time.sleep(PACE_S)
@@ -214,7 +217,7 @@ def text(instant: datetime) -> str:
     return instant.strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
-def until(condition, timeout_s: float = 120.0):
+def until(condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not become true in time"

@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -161,7 +162,7 @@ def drawn(rng: np.random.Generator, shape: str, n: int) -> np.ndarray:
     return np.where(rng.random(n) < 0.4, rng.normal(-3, 1, n), rng.normal(2, 1.5, n))
 
 
-def evidently(before: pl.DataFrame, now: pl.DataFrame) -> dict:
+def evidently(before: pl.DataFrame, now: pl.DataFrame) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(folder) / name) for name in ("before.parquet", "now.parquet")]
         for frame, path in zip((before, now), paths, strict=True):
@@ -169,7 +170,7 @@ def evidently(before: pl.DataFrame, now: pl.DataFrame) -> dict:
         done = subprocess.run(
             [str(PEERS), "-W", "ignore", "-c", PEER, *paths], capture_output=True, text=True, check=True
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":

@@ -171,7 +171,11 @@ def retrained(seeds: int) -> Iterator[tuple[GateRules, HeldOut, np.ndarray]]:
             trained = stages.train(run, snapshot)
             rows = scoring.holdout_rows(store, manifest_of(store, snapshot.manifest), snapshot.windows.holdout)
             heldout = scoring.HeldOut.of(pack.gate, pack.data.task, pack.data.target, rows, None)
-            yield pack.gate, heldout, looks.score(run, store, rows, {"challenger": trained.model})["challenger"][1]
+            yield (
+                pack.gate,
+                heldout,
+                looks.score(run, store, rows, {"challenger": trained.model}, {})["challenger"].predicted,
+            )
 
 
 def real(seeds: int) -> bool:
@@ -185,7 +189,10 @@ def real(seeds: int) -> bool:
         for name, rule in RULES.items():
             said[name][judged(rules.model_copy(update={"primary": rule}), differences)] += 1
         said[POINTS]["promote" if estimate.value > 0 else "reject"] += 1
-    values, reach = (np.array(each) for each in zip(*((of.value, of.high - of.value) for of in found), strict=True))
+    values, reach = (
+        np.array(each)
+        for each in zip(*((of.value, of.high - of.value) for of in found if of.high is not None), strict=True)
+    )
     print(f"flight_delay as of 2013-05-01, {seeds} seeds: {len(found)} challengers that differ in nothing but the seed")
     print(f"  differences of ROC-AUC: standard deviation {values.std(ddof=1):.4f}, largest {np.abs(values).max():.4f}")
     print(f"  half-width of the interval: median {np.median(reach):.4f}")

@@ -16,8 +16,10 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 parser = argparse.ArgumentParser()
 parser.add_argument("home", type=Path)
@@ -139,7 +141,7 @@ class Network(nn.Module):
             nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)
         )
 
-    def forward(self, table: torch.Tensor) -> torch.Tensor:
+    def forward(self, table: torch.Tensor) -> Any:
         codes = table[:, : len(CATEGORIES)].long()
         embedded = [embedding(codes[:, i]) for i, embedding in enumerate(self.embeddings)]
         return self.layers(torch.cat([*embedded, table[:, len(CATEGORIES) :]], dim=1)).squeeze(1)
@@ -157,16 +159,16 @@ optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
 loss_of = nn.BCEWithLogitsLoss()
 if options.tuned:
 
-    def batches():
+    def batches() -> Iterator[list[torch.Tensor]]:
         order = torch.randperm(len(x))
         for at in range(0, len(x), BATCH_SIZE):
             chosen = order[at : at + BATCH_SIZE]
-            yield x[chosen], y[chosen]
+            yield [x[chosen], y[chosen]]
 
 else:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=BATCH_SIZE, shuffle=True)
 
-    def batches():
+    def batches() -> Iterator[list[torch.Tensor]]:
         return iter(loader)
 
 

@@ -83,7 +83,10 @@ def year(pack: Pack) -> pl.DataFrame:
     sys.path.insert(0, str(pack.folder))
     import model
 
-    return pl.concat(model.read(Window(start=datetime(2013, 1, 1, tzinfo=UTC), end=datetime(2014, 1, 1, tzinfo=UTC))))
+    rows: pl.DataFrame = pl.concat(
+        model.read(Window(start=datetime(2013, 1, 1, tzinfo=UTC), end=datetime(2014, 1, 1, tzinfo=UTC)))
+    )
+    return rows
 
 
 def within(rows: pl.DataFrame, window: Window) -> pl.DataFrame:
@@ -134,7 +137,8 @@ def lightgbm_auc(pack: Pack, train: pl.DataFrame, holdout: pl.DataFrame) -> tupl
     started = time.perf_counter()
     model = lightgbm.LGBMClassifier(n_jobs=2, verbose=-1).fit(features(train), train["late"].to_numpy())
     seconds = time.perf_counter() - started
-    return roc_auc_score(holdout["late"], model.predict_proba(features(holdout))[:, 1]), seconds
+    predicted: Any = model.predict_proba(features(holdout))
+    return roc_auc_score(holdout["late"], predicted[:, 1]), seconds
 
 
 if __name__ == "__main__":

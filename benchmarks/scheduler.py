@@ -78,7 +78,8 @@ def main() -> None:
             mlflow_s = statistics.median(imports_of_a_look() for _ in range(ROUNDS))
         finally:
             embedded.down(settings)
-    show(*(middle([each[column] for each in rounds]) for column in range(2)), mlflow_s)
+    ours, peer = (middle([each[column] for each in rounds]) for column in range(2))
+    show(ours, peer, mlflow_s)
 
 
 def run(settings: Settings, address: str, name: str) -> dict[str, dict[str, float]]:

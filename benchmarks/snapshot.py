@@ -10,6 +10,7 @@ round; files are in the page cache and written back.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import statistics
@@ -117,7 +118,7 @@ def one_more(home: Path, count: int) -> float:
         files[f"{count + number:05}.parquet"] = store.put_bytes(content)
         store.commit("flights", files, tag_time=START + timedelta(days=number), message="benchmark")
 
-    return statistics.median(timed(lambda number=number: add(number)) for number in range(1, 6))
+    return statistics.median(timed(functools.partial(add, number)) for number in range(1, 6))
 
 
 def timed(act: Callable[[], object]) -> float:

@@ -114,7 +114,8 @@ class World:
         self.model.fit(rows.to_pandas(), rows["bought"].to_numpy())
 
     def predictions(self, rows: pl.DataFrame) -> np.ndarray:
-        return self.model.predict_proba(rows.to_pandas())[:, 1]
+        predicted: np.ndarray = self.model.predict_proba(rows.to_pandas())[:, 1]
+        return predicted
 
     def profile(self, rows: pl.DataFrame, start: datetime, days: int) -> Profile:
         predicted = pl.Series(PREDICTION, self.predictions(rows) if rows.height else [], dtype=pl.Float64)
@@ -139,7 +140,7 @@ class World:
 
     def drift(self, rows: pl.DataFrame, start: datetime, reference: Profile | None = None) -> Drift:
         """The week of `rows` beside the champion's reference, or another."""
-        performance, leans = None, ()
+        performance, leans = None, tuple[Importance, ...]()
         if rows.height:
             leans = self.importance(rows)
             performance = Performance(metric="roc_auc", reference=self.promoted, window=self.auc(rows), chance=0.5)

@@ -11,6 +11,7 @@ expectations over the window, which no run can skip, to both sides.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import time
@@ -65,8 +66,8 @@ def main() -> None:
             known = validation.records(store.read_json(first.validated.records))
             second = validate(expected, window, store, home, known)
             new_rows = window.partitions[-1].rows
-            ours = best(lambda known=known, expected=expected: validate(expected, window, store, home, known))
-            peer = best(lambda suite=suite: again(suite, window, store))
+            ours = best(functools.partial(validate, expected, window, store, home, known))
+            peer = best(functools.partial(again, suite, window, store))
             print(f"{len(suite)} {name} expectations")
             print(
                 f"  rows scanned by row-local ones  {second.rows_scanned} of {window.rows}; the new day has {new_rows}"

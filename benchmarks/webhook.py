@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -56,7 +57,7 @@ class Load:
         self.port = urlsplit(url).port
         self.make = make
         self.seconds: list[float] = []
-        self.answers: list[tuple[int, dict]] = []
+        self.answers: list[tuple[int, dict[str, Any]]] = []
 
     async def open(self, rate: float, count: int) -> None:
         """`rate` requests a second, each at its instant."""

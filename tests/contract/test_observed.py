@@ -169,6 +169,15 @@ def test_every_figure_on_the_dashboards_has_data(prometheus):
 
 
 @needs_prometheus
+def test_a_state_without_tasks_is_a_zero(prometheus):
+    """What nothing waits for is said, and not left out: a graph of an idle platform is a line at 0."""
+    _, ask = prometheus
+    [idle] = ask('evergreen_airflow_tasks{queue="default",state="queued"}')
+    [waiting] = ask('evergreen_airflow_tasks{queue="gpu",state="queued"}')
+    assert (idle["value"][1], waiting["value"][1]) == ("0", "1")
+
+
+@needs_prometheus
 def test_everything_that_a_rule_looks_at_is_measured(prometheus):
     """A rule on a metric that nobody gives would be quiet for ever."""
     _, ask = prometheus

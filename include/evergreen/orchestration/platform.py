@@ -68,10 +68,14 @@ class Platform:
             .where(TaskInstance.state.in_(UNFINISHED))
             .group_by(TaskInstance.queue, TaskInstance.state)
         )
+        # A state in which there is no task is a zero: a graph of nothing, and a rule about nothing, would say nothing.
+        numbers = {("default", state): 0 for state in UNFINISHED}
         waits = {"default": 0.0}
         for queue, state, number, queued in session.execute(query):
-            tasks.add_metric((queue, state), number)
+            numbers[queue, state] = number
             waits[queue] = max(waits.get(queue, 0.0), (now - queued).total_seconds() if state == "queued" else 0.0)
+        for labels, number in sorted(numbers.items()):
+            tasks.add_metric(labels, number)
         for queue, seconds in sorted(waits.items()):
             oldest.add_metric((queue,), seconds)
         yield from (tasks, oldest)
