@@ -13,9 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -66,16 +69,14 @@ def restore(folder: Path) -> None:
     for name, told in manifest["files"].items():
         if _sha256(folder / name) != told["sha256"]:
             sys.exit(f"{folder / name}: its bytes are not those that were backed up; take another backup")
-    project = json.loads(_compose("config", "--format", "json"))["name"]
-    label = f"label=com.docker.compose.project={project}"
-    if volumes := _run("docker", "volume", "ls", "--quiet", "--filter", label).split():
-        sys.exit(
-            f"the stack {project} has volumes: {', '.join(sorted(volumes)[:3])} …; a backup goes into an empty one: "
-            "make stack-down, and docker compose down --volumes if nothing in them is needed"
-        )
-    if not any(_secrets().glob("*")):
-        _secrets().mkdir(mode=0o700, parents=True, exist_ok=True)
-        _paste(folder / "secrets.tar", "tar", "x", "-p", "-C", str(_secrets()), compose=False)
+    with _secrets_of(folder):
+        project = json.loads(_compose("config", "--format", "json"))["name"]
+        label = f"label=com.docker.compose.project={project}"
+        if volumes := _run("docker", "volume", "ls", "--quiet", "--filter", label).split():
+            sys.exit(
+                f"the stack {project} has volumes: {', '.join(sorted(volumes)[:3])} …; a backup goes into an empty one: "
+                "make stack-down, and docker compose down --volumes if nothing in them is needed"
+            )
     for service in DATABASES:
         _paste(folder / f"{service}.tar.gz", *_once(service, "tar", "xz", "-C", DATA))
     for service, path in FOLDERS.items():
@@ -84,6 +85,26 @@ def restore(folder: Path) -> None:
     clone = f"cat > {home}/bundle && git clone --quiet --mirror {home}/bundle {home}/{REPOSITORY} && rm {home}/bundle"
     _paste(folder / "snapshots.bundle", *_once("store", "sh", "-c", clone))
     print(f"restored {manifest['made']}; start it: make stack")  # noqa: T201
+
+
+@contextmanager
+def _secrets_of(folder: Path) -> Iterator[None]:
+    """The backup's secrets where there are none, for Compose reads no file without them; kept if all goes well inside."""
+    place = _secrets()
+    if any(place.glob("*")):
+        yield
+        return
+    unpacked = place.with_name(f".{place.name}-restored")
+    shutil.rmtree(unpacked, ignore_errors=True)
+    unpacked.mkdir(mode=0o700, parents=True)
+    os.environ["EVERGREEN_SECRETS"] = str(unpacked)
+    try:
+        _paste(folder / "secrets.tar", "tar", "x", "-p", "-C", str(unpacked), compose=False)
+        yield
+        unpacked.replace(place)
+    finally:
+        os.environ["EVERGREEN_SECRETS"] = str(place)
+        shutil.rmtree(unpacked, ignore_errors=True)
 
 
 def _secrets() -> Path:
