@@ -75,6 +75,15 @@ def test_training_waits_for_a_worker_with_a_gpu(packs):
     assert queues == {"apple__train": {"train"}, "pear__train": set()}
 
 
+def test_what_runs_containers_waits_for_a_worker_that_can(packs):
+    """Where a pack's jobs are containers, whatever trains, scores or looks is in the queue of the worker with an engine."""
+    change(packs, "apple", "training:\n", "training:\n  gpus: 0\n  runtime: docker\n")
+    assert {task.task_id for task in parse().dags["apple__train"].tasks if task.queue == "gpu"} == {"train", "evaluate"}
+    change(packs, "apple", "triggers:\n", "triggers:\n  drift: {features: {psi: 0.2}}\n")
+    looked = parse(TRAINING.with_name("monitoring.py")).dags["apple__monitor"]
+    assert {task.task_id for task in looked.tasks if task.queue == "gpu"} == {"monitor"}
+
+
 def test_every_pack_gives_a_training_dag(packs):
     """The DAGs are <pack>__train for each pack, and no others."""
     assert sorted(parse().dags) == ["apple__train", "pear__train"]

@@ -33,7 +33,7 @@ REASONS = {"scheduled": "the schedule", "backfill": "a backfill", "asset_trigger
 """Why a run exists, by Airflow's run type; a person asked for every other."""
 
 GPU = "gpu"
-"""The queue of Celery's workers that have a GPU, where there are any. Other executors know no queues."""
+"""The queue of Celery's workers that have a GPU, and of those that run containers. Other executors know no queues."""
 
 NEXT_LOOK = "the next look comes by its own schedule"
 
@@ -65,7 +65,7 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
         retries=2,
         retry_delay=timedelta(seconds=5),
         execution_timeout=None,  # the job has its own, and outlives the task
-        queue=GPU if stage == "train" and pack.training.gpus != 0 else "default",
+        queue=_queue(pack, stage),
         executor_config=_pod(pack) if stage == "train" else None,
         doc_md=CHAIN[stage].__doc__,
     )
@@ -84,6 +84,12 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
         return value.model_dump(mode="json")
 
     return act
+
+
+def _queue(pack: Pack, stage: str) -> str:
+    """Where a task of `pack` waits: trainings for a GPU, unless the pack wants none; what runs containers, for those."""
+    in_containers = pack.training.runtime is not None and stage in ("train", "evaluate", "monitor")
+    return GPU if in_containers or (stage == "train" and pack.training.gpus != 0) else "default"
 
 
 def _pod(pack: Pack) -> dict[str, Any] | None:
@@ -115,6 +121,7 @@ def monitor_task(pack: Pack) -> Any:
         show_return_value_in_logs=False,
         retries=2,
         retry_delay=timedelta(seconds=5),
+        queue=_queue(pack, "monitor"),
         trigger_rule="all_done",
         doc_md="Look at the newest windows beside what the champion was made from, and say what kind of change they "
         "show. It runs after a failure as well: data that is refused is a fault that somebody must be told of, "
