@@ -39,7 +39,7 @@ COPY --from=package /opt/package /opt/evergreen
 # The user's number is that of whoever owns the files in secrets/, who alone can read them.
 ARG EVERGREEN_UID=10001
 RUN useradd --uid "$EVERGREEN_UID" --user-group --create-home evergreen \
- && install --directory --owner=evergreen --mode=700 /var/lib/evergreen /var/lib/mlflow
+ && install --directory --owner=evergreen --mode=700 /var/lib/evergreen /var/lib/mlflow /var/lib/jobs /run/engine
 COPY . /srv/evergreen
 RUN /opt/evergreen/bin/python -m compileall -q /srv/evergreen/include
 ENV PATH=/opt/evergreen/bin:$PATH PYTHONUNBUFFERED=1 LANG=C.UTF-8 \

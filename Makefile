@@ -16,7 +16,12 @@ unexport PYTHONDONTWRITEBYTECODE
 # Of the stack: wheels to be taken before the index's when its image is built, and where its secrets are.
 export EVERGREEN_WHEELS ?= $(or $(firstword $(wildcard $(PIP_FIND_LINKS))),config/wheels)
 export EVERGREEN_SECRETS ?= ./secrets
-COMPOSE := docker compose $(if $(GPU),-f docker-compose.yaml -f docker-compose.gpu.yaml)
+OVERLAYS := $(if $(GPU),-f docker-compose.gpu.yaml) $(if $(ENGINE),-f docker-compose.engine.yaml)
+COMPOSE := docker compose $(if $(strip $(OVERLAYS)),-f docker-compose.yaml $(OVERLAYS))
+ifdef ENGINE
+export DOCKER_SOCKET ?= /var/run/docker.sock
+export DOCKER_GROUP ?= $(shell stat -c %g $(DOCKER_SOCKET))
+endif
 
 help:  ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -51,7 +56,7 @@ up: $(VENV)/.ready  ## Airflow (UI, scheduler, triggerer) and the MLflow UI, on 
 down: $(VENV)/.ready  ## stop what `make up` started
 	@$(BIN)/evergreen down
 
-stack:  ## the platform as a team runs it, in containers: build, make the secrets, start, wait (GPU=1: with GPUs)
+stack:  ## the platform as a team runs it, in containers: build, make the secrets, start, wait (GPU=1: with GPUs; ENGINE=1: jobs in containers)
 	@owner=$$($(PYTHON) config/make_secrets.py $(EVERGREEN_SECRETS)) && touch $(EVERGREEN_SECRETS)/image.env && export EVERGREEN_UID=$$owner \
 	  && export EVERGREEN_REVISION=$$(git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null) \
 	  && $(COMPOSE) build init store && . ./.env \
@@ -60,7 +65,8 @@ stack:  ## the platform as a team runs it, in containers: build, make the secret
 	@echo "Airflow http://127.0.0.1:$(or $(AIRFLOW_PORT),8080) (people: $(EVERGREEN_SECRETS)/airflow_users) · MLflow http://127.0.0.1:$(or $(MLFLOW_PORT),5000) ($(EVERGREEN_SECRETS)/mlflow_users)"
 
 stack-down:  ## stop the stack; its data stay, in named volumes
-	@$(COMPOSE) down
+	@$(COMPOSE) down --remove-orphans
+	@docker ps --all --quiet --filter label=evergreen.engine=$(or $(COMPOSE_PROJECT_NAME),evergreen)_jobs | xargs -r docker rm --force >/dev/null
 
 backup:  ## all that the stack keeps, into backups/, at one consistent point: make backup [TO=FOLDER]
 	@$(PYTHON) config/backup.py make $(or $(TO),backups)

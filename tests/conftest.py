@@ -1,10 +1,12 @@
 """What every test may ask for."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import containers
 from tests.remotes import Bucket, Remote, Site
 from tests.servers import S3, MissingError, Postgres
 from tests.web import serving
@@ -60,6 +62,24 @@ def s3() -> Iterator[S3]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def image() -> Iterator[str]:
+    """Evergreen's image, with the package as it is here."""
+    with contextlib.ExitStack() as held:
+        try:
+            made = held.enter_context(containers.image())
+        except MissingError as missing:
+            pytest.skip(str(missing))
+        yield made
+
+
+@pytest.fixture(scope="session")
+def door(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket of a door to the engine, for jobs in that image and in any test's folder."""
+    with containers.door(tmp_path_factory.getbasetemp(), image) as path:
+        yield path
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -25,8 +25,9 @@ from evergreen.training.runtimes import process
 
 NOBODY = 65534
 PIDS = 4096
-SHARED_MEMORY = "1g"
-"""What processes of one job may share by /dev/shm, as torch's loaders do."""
+SHARED_MEMORY = 2**30
+"""Bytes that processes of one job may share by /dev/shm, as torch's loaders do."""
+TMPFS = {"/tmp": "rw,nosuid,nodev,mode=1777"}  # noqa: S108 - the container's own
 KEPT = ("LANG", "LANGUAGE", "TZ")
 LIVING = ("running", "paused", "restarting", "removing")
 START = """
@@ -64,7 +65,7 @@ def launch(folder: Path) -> None:
         described = engine.info()
         engine.containers.run(
             asked["image"],
-            name=_name(folder),
+            name=container_name(folder),
             entrypoint=["sh", "-c", START],
             command=[str(folder)],
             detach=True,
@@ -73,7 +74,7 @@ def launch(folder: Path) -> None:
             working_dir=str(folder),
             environment=environment(os.environ),
             volumes=[f"{folder}:{folder}", f"{folder / 'input'}:{folder / 'input'}:ro"],
-            tmpfs={"/tmp": "rw,nosuid,nodev,mode=1777"},  # noqa: S108 - the container's own
+            tmpfs=TMPFS,
             network_mode="none",
             read_only=True,
             cap_drop=["ALL"],
@@ -144,7 +145,7 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {**kept, "HOME": "/tmp"}  # noqa: S108 - the container's own
 
 
-def _name(folder: Path) -> str:
+def container_name(folder: Path) -> str:
     """The job's id, and what tells homes on one machine apart."""
     return f"evergreen-{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
 
@@ -172,7 +173,7 @@ def _container(engine: Any, folder: Path) -> Any:
     import docker.errors
 
     try:
-        return engine.containers.get(_name(folder))
+        return engine.containers.get(container_name(folder))
     except docker.errors.NotFound:
         return None
 
