@@ -59,8 +59,8 @@ down: $(VENV)/.ready  ## stop what `make up` started
 stack:  ## the platform as a team runs it, in containers: build, make the secrets, start, wait (GPU=1: with GPUs; ENGINE=1: jobs in containers)
 	@owner=$$($(PYTHON) config/make_secrets.py $(EVERGREEN_SECRETS)) && touch $(EVERGREEN_SECRETS)/image.env && export EVERGREEN_UID=$$owner \
 	  && export EVERGREEN_REVISION=$$(git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null) \
-	  && $(COMPOSE) build init store && . ./.env \
-	  && echo "EVERGREEN_IMAGE=$$(docker image inspect --format '{{.Id}}' "$$EVERGREEN_TAG")" > $(EVERGREEN_SECRETS)/image.env \
+	  && $(COMPOSE) build init store && tag=$${EVERGREEN_TAG:-$$(sed -n s/^EVERGREEN_TAG=//p .env)} \
+	  && echo "EVERGREEN_IMAGE=$$(docker image inspect --format '{{.Id}}' "$$tag")" > $(EVERGREEN_SECRETS)/image.env \
 	  && $(COMPOSE) up --detach --wait
 	@echo "Airflow http://127.0.0.1:$(or $(AIRFLOW_PORT),8080) (people: $(EVERGREEN_SECRETS)/airflow_users) · MLflow http://127.0.0.1:$(or $(MLFLOW_PORT),5000) ($(EVERGREEN_SECRETS)/mlflow_users)"
 
