@@ -38,7 +38,8 @@ def image() -> Iterator[str]:
         told.size = len(recipe)
         archive.addfile(told, io.BytesIO(recipe.encode()))
     content.seek(0)
-    made, _ = engine.images.build(fileobj=content, custom_context=True, rm=True, labels={"evergreen.test": "runtimes"})
+    mine = {"evergreen.test": uuid.uuid4().hex}  # or another process's image would be this one, and be removed by it
+    made, _ = engine.images.build(fileobj=content, custom_context=True, rm=True, labels=mine)
     yield made.id
     engine.images.remove(made.id, force=True)
     engine.close()
