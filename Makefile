@@ -16,8 +16,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # Of the stack: wheels to be taken before the index's when its image is built, and where its secrets are.
 export EVERGREEN_WHEELS ?= $(or $(firstword $(wildcard $(PIP_FIND_LINKS))),config/wheels)
 export EVERGREEN_SECRETS ?= ./secrets
-OVERLAYS := $(if $(GPU),-f docker-compose.gpu.yaml) $(if $(ENGINE),-f docker-compose.engine.yaml)
+OVERLAYS := $(if $(GPU),-f docker-compose.gpu.yaml) $(if $(ENGINE),-f docker-compose.engine.yaml) $(if $(TLS),-f docker-compose.tls.yaml)
 COMPOSE := docker compose $(if $(strip $(OVERLAYS)),-f docker-compose.yaml $(OVERLAYS))
+HOST := $(or $(if $(TLS),$(EVERGREEN_HOST)),127.0.0.1)
+HTTP := http$(if $(TLS),s)
 ifdef ENGINE
 export DOCKER_SOCKET ?= /var/run/docker.sock
 export DOCKER_GROUP ?= $(shell stat -c %g $(DOCKER_SOCKET))
@@ -56,13 +58,13 @@ up: $(VENV)/.ready  ## Airflow (UI, scheduler, triggerer) and the MLflow UI, on 
 down: $(VENV)/.ready  ## stop what `make up` started
 	@$(BIN)/evergreen down
 
-stack:  ## the platform as a team runs it, in containers: build, make the secrets, start, wait (GPU=1: with GPUs; ENGINE=1: jobs in containers)
-	@owner=$$($(PYTHON) config/make_secrets.py $(EVERGREEN_SECRETS)) && touch $(EVERGREEN_SECRETS)/image.env && export EVERGREEN_UID=$$owner \
+stack:  ## the platform as a team runs it, in containers: build, make the secrets, start, wait (GPU=1: with GPUs; ENGINE=1: jobs in containers; TLS=1: by https)
+	@owner=$$($(PYTHON) config/make_secrets.py $(EVERGREEN_SECRETS) $(if $(TLS),--tls $(HOST))) && touch $(EVERGREEN_SECRETS)/image.env && export EVERGREEN_UID=$$owner \
 	  && export EVERGREEN_REVISION=$$(git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null) \
 	  && $(COMPOSE) build init store && tag=$${EVERGREEN_TAG:-$$(sed -n s/^EVERGREEN_TAG=//p .env)} \
 	  && echo "EVERGREEN_IMAGE=$$(docker image inspect --format '{{.Id}}' "$$tag")" > $(EVERGREEN_SECRETS)/image.env \
-	  && $(COMPOSE) up --detach --wait
-	@echo "Airflow http://127.0.0.1:$(or $(AIRFLOW_PORT),8080) (people: $(EVERGREEN_SECRETS)/airflow_users) · MLflow http://127.0.0.1:$(or $(MLFLOW_PORT),5000) ($(EVERGREEN_SECRETS)/mlflow_users)"
+	  && $(COMPOSE) up --detach --wait --remove-orphans
+	@echo "Airflow $(HTTP)://$(HOST):$(or $(AIRFLOW_PORT),8080) (people: $(EVERGREEN_SECRETS)/airflow_users) · MLflow $(HTTP)://$(HOST):$(or $(MLFLOW_PORT),5000) ($(EVERGREEN_SECRETS)/mlflow_users)"
 
 stack-down:  ## stop the stack; its data stay, in named volumes
 	@$(COMPOSE) down --remove-orphans

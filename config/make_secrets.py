@@ -8,10 +8,13 @@ containers run as.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import os
+import re
 import secrets
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +31,20 @@ everybody else out. The first holds a hash."""
 
 
 def main() -> None:
-    """Make what is missing in the folder given, or in secrets/ beside this project."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "secrets"
+    """Make what is missing in the folder given, or in secrets/ beside this project; with `--tls HOST`, a first pair, too."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).resolve().parents[1] / "secrets")
+    parser.add_argument("--tls", metavar="HOST", help="what a certificate that it signs itself is for")
+    asked = parser.parse_args()
+    folder: Path = asked.folder
     folder.mkdir(mode=0o700, exist_ok=True)
     for path, make in _files(folder).items():
         if not path.exists():
             _write(path, make())
     senders = folder / "senders"  # `init` and `evergreen sender` write the file in it
     senders.mkdir(mode=0o700, exist_ok=True)
+    if asked.tls:
+        _certify(folder / "tls", asked.tls)
     owner = os.getuid() or SOMEBODY
     if os.getuid() == 0:
         for path in (folder, *folder.rglob("*")):
@@ -50,9 +59,9 @@ def _files(folder: Path) -> dict[Path, Callable[[], str]]:
         found = [line for line in (folder / name).read_text().splitlines() if line.startswith(start)]
         return found[0]
 
-    def user(name: str) -> str:
-        """The name and the password of the account that the platform itself uses there."""
-        _, password = line_of(name, "evergreen:").split(":")
+    def user(name: str, account: str = "evergreen") -> str:
+        """The password of the account that the platform itself uses there."""
+        _, password = line_of(name, account + ":").split(":")
         return password
 
     airflow, events, mlflow = "postgres-airflow:5432:airflow", "postgres:5432:evergreen", "postgres:5432:mlflow"
@@ -73,13 +82,17 @@ def _files(folder: Path) -> dict[Path, Callable[[], str]]:
         "broker_url": lambda: f"redis://evergreen:{_password()}@redis:6379/0",
         # Accounts: name:role:password, name:password.
         "airflow_users": lambda: "\n".join(f"{name}:{role}:{_password()}" for name, role in PEOPLE.items()),
+        "airflow_loader": lambda: f"loader:{_password()}",
         "mlflow_users": lambda: f"admin:{_password()}\nevergreen:{_password()}",
         "mlflow_credentials": lambda: (
             f"[mlflow]\nmlflow_tracking_username = evergreen\nmlflow_tracking_password = {user('mlflow_users')}"
         ),
         "store_password": lambda: f"evergreen:{_password()}",
         "store_users": lambda: f"evergreen:{_salted(user('store_password'))}",
-        "netrc": lambda: f"machine store login evergreen password {user('store_password')}",
+        "netrc": lambda: (
+            f"machine store login evergreen password {user('store_password')}\n"
+            f"machine airflow-api login loader password {user('airflow_loader', 'loader')}"
+        ),
         "dvc_config": lambda: (
             "['remote \"store\"']\n    auth = basic\n    method = PUT\n    user = evergreen\n"
             f"    password = {user('store_password')}"
@@ -109,6 +122,39 @@ def _salted(password: str) -> str:
 def _sha256(broker_url: Path) -> str:
     password = broker_url.read_text().partition("//evergreen:")[2].partition("@")[0]
     return hashlib.sha256(password.encode()).hexdigest()
+
+
+def _certify(folder: Path, host: str) -> None:
+    """A key, and a certificate that is its own authority, for this host and for loopback, unless one of them is there."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    key, certificate = folder / "key.pem", folder / "cert.pem"
+    if key.exists() or certificate.exists():  # a team's own pair
+        return
+    kind = "IP" if re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:]*", host) else "DNS"
+    names = ",".join(dict.fromkeys([f"{kind}:{host}", "DNS:localhost", "IP:127.0.0.1"]))
+    config = f"""
+[req]
+distinguished_name = name
+x509_extensions = extensions
+prompt = no
+[name]
+CN = Evergreen
+[extensions]
+subjectAltName = {names}
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+"""
+    command = [
+        *("openssl", "req", "-x509", "-config", "/dev/stdin", "-days", "365", "-sha256", "-nodes", "-newkey", "ec"),
+        *("-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", str(key), "-out", str(certificate)),
+    ]
+    try:
+        subprocess.run(command, input=config, text=True, check=True, capture_output=True, umask=0o077)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", "") or error
+        sys.exit(f"{folder}: openssl made no certificate: {said}; put your own there: cert.pem and key.pem")
 
 
 def _write(path: Path, text: str) -> None:

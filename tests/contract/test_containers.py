@@ -19,6 +19,11 @@ PINS = dict(
     if re.match(r"\w+=", line)
 )
 INSTRUCTION = re.compile(r"(?m)^([A-Z]+) (.*(?:\\\n.*)*)")
+with_compose = pytest.mark.skipif(
+    not shutil.which("docker")
+    or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode != 0,
+    reason="Docker's Compose is not installed",
+)
 
 
 class Loader(yaml.SafeLoader):
@@ -127,11 +132,7 @@ def test_every_locked_package_has_a_hash():
     assert {name for name, rest in packages if "--hash=sha256:" not in rest} <= {"torch"}
 
 
-@pytest.mark.skipif(
-    not shutil.which("docker")
-    or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode != 0,
-    reason="Docker's Compose is not installed",
-)
+@with_compose
 @pytest.mark.parametrize("overlays", [[], *([file] for file in OVERLAYS), OVERLAYS], ids=str)
 def test_compose_accepts_the_files(overlays, tmp_path):
     """The stack alone, with each overlay, and with all of them."""
@@ -152,3 +153,21 @@ def test_compose_accepts_the_files(overlays, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert {"init", "worker", "worker-gpu"} <= json.loads(done.stdout)["services"].keys()
+
+
+@with_compose
+def test_only_tls_is_published_off_loopback(tmp_path):
+    """EVERGREEN_LISTEN publishes the service `tls` alone: not one plain port, nor what asks nobody who they are."""
+    (tmp_path / "image.env").touch()
+    told = subprocess.run(
+        ["docker", "compose", "-f", COMPOSE, "-f", PROJECT / "docker-compose.tls.yaml", "config", "--format=json"],
+        cwd=PROJECT,
+        env={**os.environ, "EVERGREEN_SECRETS": str(tmp_path), "EVERGREEN_LISTEN": "0.0.0.0"},
+        check=True,
+        capture_output=True,
+    )
+    services = json.loads(told.stdout)["services"]
+    published = {name: {port["host_ip"] for port in each.get("ports", ())} for name, each in services.items()}
+    published = {name: where for name, where in published.items() if where}
+    loopback = {"127.0.0.1"}
+    assert published == {"tls": {"0.0.0.0"}, "prometheus": loopback, "alertmanager": loopback}

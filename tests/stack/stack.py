@@ -31,15 +31,21 @@ class Stack:
         self.secrets = folder / "secrets"
         self.ports = {
             name: free_port()
-            for name in ("AIRFLOW_PORT", "MLFLOW_PORT", "STORE_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT")
+            for name in (
+                *("AIRFLOW_PORT", "MLFLOW_PORT", "STORE_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT"),
+                *("AIRFLOW_TLS_PORT", "MLFLOW_TLS_PORT", "STORE_TLS_PORT"),
+            )
         }
         self.environment = {
             **os.environ,
             **{name: str(port) for name, port in self.ports.items()},
             "COMPOSE_PROJECT_NAME": NAME,
-            "COMPOSE_FILE": f"{PROJECT}/docker-compose.yaml:{PROJECT}/tests/stack/compose.yaml",
+            "COMPOSE_FILE": ":".join(
+                str(PROJECT / file)
+                for file in ("docker-compose.yaml", "docker-compose.tls.yaml", "tests/stack/compose.yaml")
+            ),
             "EVERGREEN_SECRETS": str(self.secrets),
-            "EVERGREEN_PUBLIC_URL": f"http://127.0.0.1:{self.ports['AIRFLOW_PORT']}",
+            "EVERGREEN_PUBLIC_URL": self.https("AIRFLOW"),
         }
         self._tokens: dict[str, str] = {}
 
@@ -57,6 +63,7 @@ class Stack:
                 seconds.append(time.monotonic() - begun)
                 return
 
+        self.certify()
         looking = threading.Thread(target=look, daemon=True)
         looking.start()
         try:
@@ -122,6 +129,19 @@ class Stack:
     def alertmanager(self) -> str:
         return f"http://127.0.0.1:{self.ports['ALERTMANAGER_PORT']}"
 
+    def https(self, service: str) -> str:
+        """The service behind `tls`."""
+        return f"https://127.0.0.1:{self.ports[f'{service}_TLS_PORT']}"
+
+    @property
+    def authority(self) -> Path:
+        """What signed the certificate that `tls` shows."""
+        return self.secrets / "tls" / "cert.pem"
+
+    def certify(self) -> None:
+        """The secrets, as `make stack TLS=1` makes them: with a pair for `tls`, where there is none."""
+        self._run("python3", "config/make_secrets.py", str(self.secrets), "--tls", "127.0.0.1")
+
     @contextlib.contextmanager
     def scheduling(self, *wanted: str) -> Iterator[None]:
         """While inside, Airflow begins runs of these DAGs by itself; else it begins what is asked for alone."""
@@ -159,10 +179,14 @@ class Stack:
         lines = (self.secrets / file).read_text().splitlines()
         return next(line.rpartition(":")[2] for line in lines if line.startswith(f"{name}:"))
 
-    def ask(self, method: str, path: str, body: Any = None, user: str | None = "operator") -> tuple[int, Any]:
-        """Airflow's answer to a person: status and JSON, or text. Nobody is asked for a token where `user` is None."""
+    def ask(
+        self, method: str, path: str, body: Any = None, user: str | None = "operator", token: str | None = None
+    ) -> tuple[int, Any]:
+        """Airflow's answer to a person, or to whoever has the token: status and JSON, or text; to nobody for None."""
         headers = {"content-type": "application/json"}
-        if user:
+        if token:
+            headers["authorization"] = f"Bearer {token}"
+        elif user:
             if user not in self._tokens:
                 login = {"username": user, "password": self.password("airflow_users", user)}
                 self._tokens[user] = self.ask("POST", "/auth/token", login, None)[1]["access_token"]

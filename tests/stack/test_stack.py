@@ -6,14 +6,17 @@ import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from tests.contract.test_observed import SELECTOR, rules, shown
 from tests.stack.stack import PROJECT, Stack, until
@@ -26,7 +29,7 @@ OTHERS = ("redis_users", "metrics_token", "alertmanager_token")
 
 RESTARTED = (
     *("postgres", "redis", "store", "postgres-airflow", "mlflow", "worker", "airflow-scheduler"),
-    *("airflow-dag-processor", "airflow-triggerer", "airflow-api", "metrics", "prometheus", "alertmanager"),
+    *("airflow-dag-processor", "airflow-triggerer", "airflow-api", "metrics", "prometheus", "alertmanager", "tls"),
 )
 
 
@@ -57,7 +60,7 @@ def test_containers_are_confined(stack: Stack):
     """Each runs as somebody but root, without capabilities, on a read-only root, within limits, published on loopback."""
     containers = stack.containers()
     assert {"postgres", "postgres-airflow", "redis", "store", "mlflow", "worker-gpu", *OURS} <= containers.keys()
-    assert {"metrics", "prometheus", "alertmanager"} <= containers.keys()
+    assert {"metrics", "prometheus", "alertmanager", "tls"} <= containers.keys()
     for service, told in ((service, each) for service, found in containers.items() for each in found):
         host, config = told["HostConfig"], told["Config"]
         assert config["User"] not in ("", "0", "root", "0:0"), service
@@ -253,6 +256,98 @@ def test_an_alert_of_alertmanager_ends_in_a_run(stack: Stack):
         stack.finish("digits__train", kept["run_id"])
     print(f"\n{kept['reason']}: {kept['outcome']}, {kept['run_id']}")
     assert kept["outcome"] in ("retrain", "merge")
+
+
+def test_people_and_machines_come_by_https(stack: Stack):
+    """An operator signs in to links and cookies of https and a sender's alert is kept; unproven, plain or old is refused."""
+    login = {"username": "operator", "password": stack.password("airflow_users", "operator")}
+    known = ssl.create_default_context(cafile=stack.authority)
+    with httpx.Client(base_url=stack.https("AIRFLOW"), verify=known, timeout=120, trust_env=False) as airflow:
+        token = airflow.post("/auth/token", json=login).json()["access_token"]
+        assert airflow.get("/api/v2/dags", headers={"Authorization": f"Bearer {token}"}).is_success
+        assert airflow.get("/execution/health").status_code == 404
+        page = airflow.get("/api/v2/auth/login", follow_redirects=True)
+        assert str(page.url).startswith(stack.https("AIRFLOW"))
+        csrf = re.search(r'name="csrf_token"[^>]* value="([^"]+)"', page.text)[1]
+        signed_in = airflow.post(page.url, data={**login, "csrf_token": csrf}, headers={"Referer": str(page.url)})
+        assert "_token" in signed_in.cookies
+        assert all("; secure" in cookie.lower() for cookie in signed_in.headers.get_list("set-cookie"))
+        sender = {"Authorization": f"Bearer {(stack.secrets / 'alertmanager_token').read_text().strip()}"}
+        over = {"status": "resolved", "labels": {"alertname": "ByHttps"}, "fingerprint": "by https"}
+        alert = {"version": "4", "alerts": [{**over, "startsAt": datetime.now(UTC).isoformat()}]}
+        kept = airflow.post("/evergreen/alerts/digits", json=alert, headers=sender)
+        assert kept.status_code == 202, kept.text
+    with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+        httpx.get(stack.https("AIRFLOW"), trust_env=False)
+    plain = httpx.get(stack.https("AIRFLOW").replace("https", "http"), trust_env=False)
+    assert (plain.status_code, "plain HTTP request" in plain.text) == (400, True)
+    old = ssl.create_default_context(cafile=stack.authority)
+    old.set_ciphers("ALL:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises(httpx.ConnectError, match="ALERT_PROTOCOL_VERSION"):
+        httpx.get(stack.https("AIRFLOW"), verify=old, trust_env=False)
+
+
+def test_stock_clients_come_by_https(stack: Stack):
+    """MLflow's client lists models, git the snapshots; a large object passes whole; a renewed certificate is seen."""
+    ask = "import mlflow\nprint('models', len(mlflow.MlflowClient().search_registered_models()))"
+    account = {
+        "MLFLOW_TRACKING_URI": stack.https("MLFLOW"),
+        "MLFLOW_TRACKING_USERNAME": "evergreen",
+        "MLFLOW_TRACKING_PASSWORD": stack.password("mlflow_users", "evergreen"),
+        "MLFLOW_TRACKING_SERVER_CERT_PATH": str(stack.authority),
+    }
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ask],
+        env={**os.environ, **account},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.stdout.startswith("models "), told.stderr[-3000:]
+    me = ("evergreen", stack.password("store_password", "evergreen"))
+    place = stack.https("STORE").replace("https://", "https://{}:{}@".format(*me))
+    listed = subprocess.run(
+        ["git", "ls-remote", f"{place}/snapshots.git"],
+        env={**os.environ, "GIT_SSL_CAINFO": str(stack.authority)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert listed.returncode == 0, listed.stderr
+    known = ssl.create_default_context(cafile=stack.authority)
+    with httpx.Client(base_url=stack.https("STORE"), auth=me, verify=known, timeout=300, trust_env=False) as store:
+        much = os.urandom(1 << 26)  # four times what `tls` could put down
+        put, got, gone = (
+            store.put("/objects/large", content=much),
+            store.get("/objects/large"),
+            store.delete("/objects/large"),
+        )
+        assert (put.status_code, got.content == much, gone.status_code) == (201, True, 204)
+    before = stack.authority.read_text()
+    for file in stack.authority.parent.iterdir():
+        file.unlink()
+    stack.certify()
+    stack.compose("kill", "--signal", "HUP", "tls")
+    port = stack.ports["AIRFLOW_TLS_PORT"]
+    until(lambda: ssl.get_server_certificate(("127.0.0.1", port)).split() == stack.authority.read_text().split())
+    assert stack.authority.read_text() != before
+
+
+def test_a_worker_says_that_data_arrived(stack: Stack):
+    """`evergreen data-arrived` signs in by the account of the worker's .netrc, which may do that and nothing else."""
+    path = "/api/v2/assets?name_pattern=data/flight_delay"
+    [asset] = until(lambda: stack.ask("GET", path)[1].get("assets"))
+    events = f"/api/v2/assets/events?asset_id={asset['id']}"
+    before = stack.ask("GET", events)[1]["total_entries"]
+    assert stack.evergreen("data-arrived", "flight_delay")["asset"] == asset["name"]
+    assert stack.ask("GET", events)[1]["total_entries"] == before + 1
+    login = {"username": "loader", "password": stack.password("airflow_loader", "loader")}
+    token = stack.ask("POST", "/auth/token", login, None)[1]["access_token"]
+    for method, path in (("GET", "/api/v2/variables"), ("POST", "/api/v2/dags/flight_delay__train/dagRuns")):
+        assert stack.ask(method, path, {"logical_date": None} if method == "POST" else None, token=token)[0] == 403
 
 
 def test_prometheus_has_data_for_every_figure(stack: Stack):

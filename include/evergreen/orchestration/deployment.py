@@ -132,19 +132,35 @@ def _prepare_airflow(_settings: Settings) -> None:
     embedded.make_pool()
 
 
+LOADER = [("can_create", "Assets"), ("can_read", "Assets"), ("can_read", "Asset Aliases")]
+"""What the role Loader may: say that data arrived."""
+
+
 def _prepare_people(_settings: Settings) -> None:
-    """Airflow's roles, and the people of `airflow_users` that are not there: who changed a password keeps it."""
+    """Airflow's roles, and the people of `airflow_users` that are not there: who changed a password keeps it.
+
+    And the machines' account of `airflow_loader`, whose password is always the file's.
+    """
     from airflow.providers.fab.auth_manager.cli_commands.utils import get_application_builder
 
     with get_application_builder() as builder:
         manager: Any = builder.sm
         manager.sync_roles()
+        manager.bulk_sync_roles([{"role": "Loader", "perms": LOADER}])
+        machine, _, secret = (SECRETS / "airflow_loader").read_text(encoding="ascii").strip().partition(":")
+        if known := manager.find_user(machine):
+            manager.reset_password(known.id, secret)
+        else:
+            _add_user(manager, machine, "Loader", secret)
         for line in (SECRETS / "airflow_users").read_text(encoding="ascii").splitlines():
             name, role, password = line.split(":")
             if not manager.find_user(name):
-                made = manager.add_user(name, name, "", f"{name}@localhost", manager.find_role(role), password)
-                if not made:
-                    raise SettingsError(f"Airflow refused the user {name!r}", fix="see what it says above")
+                _add_user(manager, name, role, password)
+
+
+def _add_user(manager: Any, name: str, role: str, password: str) -> None:
+    if not manager.add_user(name, name, "", f"{name}@localhost", manager.find_role(role), password):
+        raise SettingsError(f"Airflow refused the user {name!r}", fix="see what it says above")
 
 
 def _prepare_events(settings: Settings) -> None:

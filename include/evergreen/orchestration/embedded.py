@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import logging
+import netrc
 import os
 import socket
 import subprocess
@@ -186,23 +188,61 @@ def update_asset(address: str, name: str) -> str:
 
 
 def client(address: str) -> httpx.Client:
-    """Airflow's REST API at `address`. On loopback every caller is an admin, and still needs a token."""
+    """Airflow's REST API at `address`. Raises SettingsError where nobody answers, or lets us in."""
     import httpx
 
-    address = address.rstrip("/")
+    # No proxy: the address is this machine's or this network's. A CA of one's own: SSL_CERT_FILE.
+    airflow = functools.partial(
+        httpx.Client, base_url=address.rstrip("/"), verify=httpx.create_ssl_context(), timeout=60, trust_env=False
+    )
     try:
-        token = _json(httpx.get(f"{address}/auth/token", timeout=30, trust_env=False))["access_token"]
+        with airflow() as nobody:
+            token = _token(nobody)
     except httpx.TransportError as error:
         raise SettingsError(f"nobody answers at {address}: {error}", fix="start it: make up") from error
-    # No proxy: the address is this machine's.
-    return httpx.Client(base_url=address, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False)
+    return airflow(headers={"Authorization": f"Bearer {token}"})
+
+
+def _token(nobody: httpx.Client) -> str:
+    """Airflow's, for whoever asks, as on an embedded home's loopback; else for the account that `.netrc` has."""
+    answer = nobody.get("/auth/token")
+    if answer.is_client_error:
+        answer = nobody.post("/auth/token", json=_account(nobody.base_url))
+        if answer.status_code == 401:
+            raise SettingsError(
+                f"{_netrc()}: Airflow at {nobody.base_url} refuses the account for {nobody.base_url.host}",
+                fix="correct that entry; in the stack: remove secrets/airflow_loader and secrets/netrc, then make stack",
+            )
+    return str(_json(answer)["access_token"])
+
+
+def _account(address: httpx.URL) -> dict[str, str]:
+    """The name and the password that `.netrc` has for this host, as Airflow asks for them."""
+    file = _netrc()
+    try:
+        found = netrc.netrc(file).authenticators(address.host) if file.is_file() else None
+    except netrc.NetrcParseError as error:
+        raise SettingsError(f"{file}: it cannot be read: {error}", fix="write it as git and curl read it") from error
+    if found is None:
+        raise SettingsError(
+            f"{file}: there is no account for {address.host}, and Airflow at {address} asks who comes",
+            fix=f"write in it: machine {address.host} login NAME password PASSWORD",
+        )
+    return {"username": found[0], "password": found[2]}
+
+
+def _netrc() -> Path:
+    """Where stock tools look for it."""
+    return Path(os.environ.get("NETRC") or Path.home() / ".netrc")
 
 
 def _json(answer: httpx.Response) -> Any:
     if answer.is_error:
         raise SettingsError(
             f"Airflow refused {answer.request.method} {answer.request.url}: {answer.status_code} {answer.text[:300]}",
-            fix="look at the DAG and at the import errors in the Airflow UI, `evergreen airflow dags list-import-errors`",
+            fix="give the account a role that may: Loader says that data arrived, User starts runs, too"
+            if answer.status_code == 403
+            else "look at the DAG and at the import errors in the Airflow UI, `evergreen airflow dags list-import-errors`",
         )
     return answer.json()
 

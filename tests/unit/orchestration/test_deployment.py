@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import netrc
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,28 @@ def test_a_worker_knows_no_password_of_airflows_database(secrets):
     assert made.keys() == {"airflow", "evergreen", "mlflow"}
     assert logins(secrets / "databases_worker") == [made["evergreen"]]
     assert logins(secrets / "databases_control") == [made["airflow"], made["evergreen"]]
+
+
+def test_machines_sign_in_by_the_account_that_is_made_for_them(secrets):
+    """A worker finds in .netrc what `init` makes in Airflow: a name and a password, for the host of EVERGREEN_URL."""
+    name, password = (secrets / "airflow_loader").read_text().strip().split(":")
+    assert netrc.netrc(secrets / "netrc").authenticators("airflow-api") == (name, "", password)
+
+
+def test_a_first_certificate_is_for_its_host_and_a_teams_own_stays(tmp_path):
+    """What `--tls` makes proves itself for the host that was named and for no other; what is there is left."""
+    subprocess.run([sys.executable, MAKE, tmp_path, "--tls", "ml.example.com"], check=True, capture_output=True)
+    pair = [tmp_path / "tls" / name for name in ("cert.pem", "key.pem")]
+    before = [path.read_text() for path in pair]
+    assert [path.stat().st_mode & 0o077 for path in (*pair, tmp_path / "tls")] == [0, 0, 0]
+    verify = ["openssl", "verify", "-x509_strict", "-CAfile", pair[0], "-purpose", "sslserver", "-verify_hostname"]
+    proved = [
+        subprocess.run([*verify, host, pair[0]], capture_output=True, check=False).returncode == 0
+        for host in ("ml.example.com", "localhost", "example.com")
+    ]
+    assert proved == [True, True, False]
+    subprocess.run([sys.executable, MAKE, tmp_path, "--tls", "other.example.com"], check=True, capture_output=True)
+    assert [path.read_text() for path in pair] == before
 
 
 def test_a_role_enters_its_own_database_alone(postgres):

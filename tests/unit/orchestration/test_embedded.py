@@ -1,10 +1,14 @@
 """The embedded home's bookkeeping: its environment, its ports, and which processes are its own."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -106,3 +110,84 @@ def _session(pid):
         return os.getsid(pid)
     except ProcessLookupError:
         return None
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """Airflow behind FAB's login: a token for a name and its password alone. What it was told lies in `seen`."""
+
+    seen: ClassVar[list[bytes]] = []
+
+    def do_GET(self):
+        self._answer(200 if self.headers["authorization"] == "Bearer t" else 404, {})
+
+    def do_POST(self):
+        self.seen.append(self.rfile.read(int(self.headers["content-length"])))
+        known = json.loads(self.seen[-1]) == {"username": "loader", "password": "right"}
+        self._answer(*((201, {"access_token": "t"}) if known else (401, {"detail": "Invalid credentials"})))
+
+    def _answer(self, status, body):
+        said = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, *_):
+        pass
+
+
+class Open(Guarded):
+    """Airflow as it runs on loopback: a token for everybody."""
+
+    def do_GET(self):
+        self._answer(201, {"access_token": "t"})
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """Starts a server of a kind on 127.0.0.1; → its address. The account that .netrc has for it is (name, password)."""
+    stack = contextlib.ExitStack()
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    Guarded.seen.clear()
+
+    def start(kind, *account, host="127.0.0.1"):
+        if account:
+            (tmp_path / "netrc").write_text("machine {} login {} password {}\n".format(host, *account))
+        server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), kind))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stack.callback(server.shutdown)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    with stack:
+        yield start
+
+
+def test_where_airflow_asks_the_account_of_netrc_is_said(serve):
+    """An Airflow that knows nobody without a name is told the account that .netrc has for its host."""
+    with embedded.client(serve(Guarded, "loader", "right")) as airflow:
+        assert airflow.get("/api/v2/assets").status_code == 200
+
+
+def test_where_airflow_lets_everybody_in_no_password_is_told(serve):
+    """On loopback a token is given for nothing, and what .netrc holds stays there."""
+    with embedded.client(serve(Open, "loader", "right")) as airflow:
+        assert airflow.headers["authorization"] == "Bearer t"
+    assert Guarded.seen == []
+
+
+@pytest.mark.parametrize(
+    ("account", "host", "says"),
+    [
+        ((), "127.0.0.1", r"netrc: there is no account for 127.0.0.1.*\n  fix: write in it: machine 127.0.0.1 login"),
+        (("loader", "right"), "elsewhere", r"netrc: there is no account for 127.0.0.1"),
+        (
+            ("loader", "wrong"),
+            "127.0.0.1",
+            r"netrc: Airflow at http://127.0.0.1:\d+.* refuses the account for 127.0.0.1",
+        ),
+    ],
+)
+def test_an_account_that_is_missing_or_wrong_is_named(serve, account, host, says):
+    """The error says in which file, for which host, and what to write there."""
+    with pytest.raises(SettingsError, match=says):
+        embedded.client(serve(Guarded, *account, host=host))
