@@ -208,6 +208,7 @@ def test_a_removal_killed_at_every_turn_ends_as_an_undisturbed_one(tmp_path):
 
 
 @pytest.mark.prove
+@pytest.mark.timeout(3600)
 def test_a_removal_killed_at_any_call_ends_as_an_undisturbed_one(tmp_path, capsys):
     """Before every tag, file, object and event: one trial each."""
     (found,) = tried([str(tmp_path / "prune"), "rejected", "prune"])
