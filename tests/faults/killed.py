@@ -57,7 +57,7 @@ from tests.servers import free_port
 
 from evergreen import database as db
 from evergreen import keys, looks, work
-from evergreen.data import store
+from evergreen.data import repository, store
 from evergreen.database import Database
 from evergreen.errors import EvergreenError
 from evergreen.history import history_of
@@ -101,7 +101,7 @@ WRITES = (
 CALLS = (
     (Database, ("append",)),
     (store.Store, ("put", "put_json", "put_bytes", "push", "commit")),
-    (store, ("_git",)),
+    (repository, ("_git",)),
     (looks, ("write_whole",)),
     (jobs, ("start", "wait", "discard")),
     (process, ("launch",)),

@@ -37,6 +37,15 @@ GPU = "gpu"
 
 NEXT_LOOK = "the next look comes by its own schedule"
 
+patient = functools.partial(
+    task,
+    multiple_outputs=False,
+    show_return_value_in_logs=False,  # what acts says what it did, in words
+    retries=2,
+    retry_delay=timedelta(seconds=5),
+)
+"""A task that is tried again, soon: what was killed goes on from what it left."""
+
 FINAL = (PackError, SourceError, ValidationError, TrainingError)
 """Mistakes that trying again does not mend; a source that is away for a moment is none."""
 
@@ -58,12 +67,8 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
     """
     takes, _ = signature(stage)
 
-    @task(
+    @patient(
         task_id=stage,
-        multiple_outputs=False,
-        show_return_value_in_logs=False,  # the stage says what it did, in words
-        retries=2,
-        retry_delay=timedelta(seconds=5),
         execution_timeout=None,  # the job has its own, and outlives the task
         queue=_queue(pack, stage),
         executor_config=_pod(pack) if stage == "train" else None,
@@ -115,12 +120,8 @@ def monitor_task(pack: Pack) -> Any:
     green over a red one.
     """
 
-    @task(
+    @patient(
         task_id="monitor",
-        multiple_outputs=False,
-        show_return_value_in_logs=False,
-        retries=2,
-        retry_delay=timedelta(seconds=5),
         queue=_queue(pack, "monitor"),
         trigger_rule="all_done",
         doc_md="Look at the newest windows beside what the champion was made from, and say what kind of change they "
@@ -163,12 +164,8 @@ def monitor_task(pack: Pack) -> Any:
 def rollback_task(pack: Pack) -> Any:
     """An Airflow task that makes an earlier champion of `pack` champion again, for the person who asked for the run."""
 
-    @task(
+    @patient(
         task_id="rollback",
-        multiple_outputs=False,
-        show_return_value_in_logs=False,
-        retries=2,
-        retry_delay=timedelta(seconds=5),
         doc_md="Verify that the version is what it was: its bytes, and its predictions for the first rows of its "
         "hold-out; then move the alias, and write down who asked, and why.",
     )
@@ -196,12 +193,8 @@ def rollback_task(pack: Pack) -> Any:
 def prune_task(pack: Pack) -> Any:
     """An Airflow task that removes what `pack` lets go of; it is skipped while any pack acts, and comes again tomorrow."""
 
-    @task(
+    @patient(
         task_id="prune",
-        multiple_outputs=False,
-        show_return_value_in_logs=False,
-        retries=2,
-        retry_delay=timedelta(seconds=5),
         doc_md="Remove from the store and from MLflow what runs left that ended longer ago than `retention` says, and "
         "that made no champion; write down what, and why.",
     )

@@ -244,7 +244,7 @@ def test_an_object_that_is_nowhere_is_named(store: Store) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """All attempts, without the seconds between them."""
-    monkeypatch.setattr("evergreen.data.store.PAUSE_S", 0.001)
+    monkeypatch.setattr("evergreen.data.repository.PAUSE_S", 0.001)
 
 
 @pytest.fixture
