@@ -198,7 +198,7 @@ class Policy:
                 for at, champion in self.champions.items()
                 if champion == model
             }
-            predicted = looks.predictions(
+            predicted, _ = looks.predictions(
                 run, store, Ref(hash=model, size=0), [part for each in parts.values() for part in each]
             )
             for at, each in parts.items():
