@@ -465,6 +465,13 @@ class Lean(Part):
     """Half of what the columns' shares of importance differ by, less what chance makes: 0 for none, 1 for all."""
 
 
+class Gain(Part):
+    """How much better a training on newer rows must promise to do before it counts, in units of the gate's primary metric."""
+
+    gain: float = Field(gt=0)
+    """Of a stand-in, taught on the champion's rows and on today's, on the same newest rows; shown, not only measured."""
+
+
 class DriftRules(Part):
     """When the monitor looks and at what, what it calls a violation, and in how many windows it must be seen."""
 
@@ -476,6 +483,8 @@ class DriftRules(Part):
     prediction: Move = Move(psi=0.1)
     performance: Drop = Drop()
     importance: Lean = Lean()
+    freshness: Gain | None = None
+    """None: it is not asked. It reads the champion's rows again, and seconds of learning, at every look."""
     violated: Annotated[str, AfterValidator(_windows)] = "2 of 3"
     """M of the newest N windows, the newest among them."""
 

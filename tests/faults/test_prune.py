@@ -32,7 +32,7 @@ STEPS = [
     "set_model_version_tag/1",
     "delete_model_version_tag/1",
     "delete_artifacts/2",
-    "delete/2",
+    "delete/12",
     "append retention/1",
 ]
 """The version marked or not, found by its key or not, some of its files gone, some objects gone, all gone and not said."""

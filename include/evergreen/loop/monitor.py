@@ -25,7 +25,8 @@ from evergreen.evaluation.probation import Ruling
 from evergreen.keys import perform, recorded
 from evergreen.looks import PROFILE, REFERENCE, Reference
 from evergreen.loop import probation
-from evergreen.monitoring.drift import Drift, Kind, Performance, Triage, compare, triage
+from evergreen.loop.freshness import rehearse
+from evergreen.monitoring.drift import Drift, Freshness, Kind, Performance, Triage, compare, triage
 from evergreen.pack import DriftRules, Pack
 from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
@@ -61,7 +62,7 @@ WINDOWS = 12
 REASON, FINGERPRINT = 500, 200
 """How long an alert's reason and fingerprint may be."""
 PACKAGE = Path(__file__).parents[1]
-MEASURES = ("metrics", "significance", "importance", "gate", "probation")
+MEASURES = ("metrics", "significance", "importance", "gate", "probation", "freshness")
 
 
 class Watched(Value):
@@ -81,6 +82,8 @@ class Watched(Value):
     """What the newest window violates, by column; of the model as a whole, `performance`."""
     scores: dict[str, float] = Field(default_factory=dict)
     """PSI of the newest window, by column, where it has one."""
+    freshness: Freshness | None = None
+    """What newer rows are worth, where the pack asks and it can be said."""
     report: Ref | None = None
     """JSON: everything that was measured."""
     page: Ref | None = None
@@ -104,6 +107,10 @@ class Champion:
     """The rows it learned from, or chose by: it is not scored on them."""
     judged: Window
     """Its hold-out, by which it was chosen."""
+    train: Window
+    """The rows it learned from."""
+    snapshot: Ref
+    """The folder that holds them all."""
     profile: Profile
     reference: Reference
 
@@ -115,12 +122,15 @@ class Champion:
         files = [registry.artifact(version.name, version.version, path) for path in (PROFILE, REFERENCE)]
         if version.model_hash is None or files[0] is None or files[1] is None:
             return None
-        windows = Windows.model_validate(registry.lineage(version.name, version.version)["windows"])
+        lineage = registry.lineage(version.name, version.version)
+        windows = Windows.model_validate(lineage["windows"])
         return cls(
             version=version,
             model=looks.model_of(version),
             seen=Window(start=windows.train.start, end=windows.validation.end),
             judged=windows.holdout,
+            train=windows.train,
+            snapshot=Ref(hash=lineage["snapshot"]["hash"], size=lineage["snapshot"]["bytes"]),
             profile=Profile.from_bytes(files[0]),
             reference=Reference.model_validate_json(files[1]),
         )
@@ -306,7 +316,10 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
             unscored = f"version {plain['champion']} cannot predict these rows: {error.what}"
         history = [watcher.drift(window) for window in windows]
         season = watcher.season(windows[-1], before[1]) if before else None
-        found = triage(history, rules, season)
+        fresh = None
+        if rules.freshness is not None and ingested is not None:
+            fresh = rehearse(run, store, watcher.manifest, ingested.windows, known.snapshot, known.train)
+        found = triage(history, rules, season, fresh)
         faults = tuple(each for each in (refused, unscored) if each is not None)
         if faults:
             reasons = found.reasons if found.kind == "data fault" else ()
@@ -324,7 +337,13 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
             reasons=found.reasons,
             evidence=found.evidence,
             windows=tuple(windows),
-            columns=tuple(sorted({each.column or each.kind for each in history[-1].violated})),
+            columns=tuple(
+                sorted(
+                    {each.column or each.kind for each in history[-1].violated}
+                    | ({"freshness"} if fresh is not None and fresh.exceeds(rules) else set())
+                )
+            ),
+            freshness=fresh,
             scores={each.name: round(each.psi, 4) for each in history[-1].columns if each.psi is not None},
             **_report(run, store, registry, known, rules, found, history, watcher.profile(windows[-1])),
         )
@@ -351,7 +370,15 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
             "metric": pack.gate.primary.metric,
         },
         code=tuple(
-            PACKAGE / name for name in ("loop/monitor.py", "loop/probation.py", "looks.py", "work.py", "runner.py")
+            PACKAGE / name
+            for name in (
+                "loop/monitor.py",
+                "loop/probation.py",
+                "loop/freshness.py",
+                "looks.py",
+                "work.py",
+                "runner.py",
+            )
         )
         + tuple(PACKAGE / "evaluation" / f"{name}.py" for name in MEASURES)
         + tuple(PACKAGE.glob("monitoring/*.py")),

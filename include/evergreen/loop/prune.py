@@ -33,6 +33,8 @@ log = logging.getLogger("evergreen")
 KIND = "retention"
 """The kind of the events that say what a call removes, `intended` and `done`; each claim that goes has one of PRUNED."""
 PRUNED = "pruned"
+THINGS = "things"
+"""What an intended removal is about, by name: an object that named others is gone before they are."""
 WAIT_S = 60.0
 """How long it waits for a pack that is acting: twice a dead one's lease."""
 VALUES = ("stage", "drift")
@@ -87,7 +89,7 @@ def prune(settings: Settings, name: str, *, dry_run: bool = False, now: datetime
             with work.database.chain(name) as chain:
                 for told in found.goes:
                     chain.append(PRUNED, told | {"age": found.age}, run_id=told["run_id"])
-                chain.append(KIND, body)
+                chain.append(KIND, body | {THINGS: sorted(plan.things)})
             work.carry_out(plan, body)
     log.info("%s: %s and %s removed", name, count(found.objects, "object"), count(len(found.versions), "version"))
     return found
@@ -155,7 +157,8 @@ class _Work:
             self.registry.prune(self.name, version, why)
         self.store.remove(plan.holders)
         self.store.remove({thing for thing in plan.things if "@" not in thing})
-        self.database.append(self.name, KIND, body | {"status": "done"})
+        done = {name: value for name, value in body.items() if name != THINGS}
+        self.database.append(self.name, KIND, done | {"status": "done"})
 
 
 def _require_known(lost: set[str], stay: Iterable[Claim]) -> None:
@@ -175,7 +178,9 @@ def _claims(pack: str, events: list[Event]) -> Iterator[Claim]:
     What a run says after it was pruned, having been cleared and performed again, say, is a claim of its own.
     """
     by_key = {event.key: event for event in events if event.kind in VALUES}
-    done = max((event.position for event in events if event.kind == KIND and event.body["status"] == "done"), default=0)
+    removals = [event for event in events if event.kind == KIND]
+    last = removals[-1] if removals else None
+    done = max((event.position for event in removals if event.body["status"] == "done"), default=0)
     kinds: dict[str | None, Kind] = {event.run_id: "run" for event in events if event.kind == "run"}
     kinds |= {event.run_id: "look" for event in events if event.kind == "watch"}
     decided: dict[tuple[str | None, Kind], int] = {}
@@ -194,6 +199,9 @@ def _claims(pack: str, events: list[Event]) -> Iterator[Claim]:
                 yield claim
             elif position > done:
                 yield replace(claim, pruned=True)
+    if last is not None and last.body["status"] == "intended":
+        things = frozenset(last.body.get(THINGS, ()))  # older ones name none
+        yield Claim(pack=pack, run_id=None, kind="record", ended_at=last.at, names=things, pruned=True)
 
 
 def _claims_of(

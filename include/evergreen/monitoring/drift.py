@@ -43,7 +43,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from evergreen.pack import Data, DriftRules
-from evergreen.run import Estimate, Importance, Value, count
+from evergreen.run import Estimate, Importance, Value, Window, count
 
 if TYPE_CHECKING:
     from evergreen.monitoring.profiles import ColumnProfile, Floats, Profile
@@ -219,6 +219,33 @@ class Drift(Value):
         return frozenset(each.rule for each in self.violated)
 
 
+class Freshness(Value):
+    """What newer rows are worth (`evaluation/freshness.py`)."""
+
+    metric: str
+    gain: Estimate
+    """Of a stand-in, by learning from `now` in place of `before`, on the rows of `judged`."""
+    rows: int
+    """Of `judged`, with labels."""
+    judged: Window
+    before: Window
+    """The champion's."""
+    now: Window
+
+    def __str__(self) -> str:
+        gain = self.gain
+        interval = "" if gain.low is None else f" ({gain.low:+.3f} … {gain.high:+.3f})"
+        return (
+            f"a stand-in that learns from {self.now} in place of {self.before} gains {gain.value:+.3f} of {self.metric}"
+            f"{interval} on the {count(self.rows, 'row')} since"
+        )
+
+    def exceeds(self, rules: DriftRules) -> bool:
+        """Whether it is past the pack's rule, and shown not to be chance."""
+        past = rules.freshness is not None and self.gain.value > rules.freshness.gain
+        return past and self.gain.low is not None and self.gain.low > 0
+
+
 class Triage(Value):
     """What kind of change the newest windows show, and why."""
 
@@ -287,17 +314,20 @@ def compare(
     )
 
 
-def triage(history: Sequence[Drift], rules: DriftRules, season: Drift | None = None) -> Triage:
+def triage(
+    history: Sequence[Drift], rules: DriftRules, season: Drift | None = None, fresh: Freshness | None = None
+) -> Triage:
     """What kind of change the newest windows show, oldest first, all against the same champion.
 
-    `season`: the newest window beside the same season before, where the history has it. A move is confirmed where the
+    `season`: the newest window beside the same season before, where the history has it; `fresh`: what newer rows are
+    worth, where that is asked and can be said. A move is confirmed where the
     newest window and M of the newest N show it in the same column; a drop, or that the champion leans on other columns
     than it did (importance), where those with labels do. Of a window with a fault, only the fault counts. The first line
     that holds decides:
 
         data fault   the newest window has a fault: nulls, types, renamed categories, a unit, values far out of range, a
                      source that stopped, labels turned round. A unit or a range that got there by steps is a move
-        shift        performance has dropped
+        shift        performance has dropped, or newer rows are worth more than the pack's rule, whatever else moved
         quiet        no move is confirmed, nor that importance moved
         seasonal     columns moved, and none is other than in the same season before
         shift        the target moved and the predictions did not move with it
@@ -331,14 +361,16 @@ def triage(history: Sequence[Drift], rules: DriftRules, season: Drift | None = N
     unconfirmed = [(recent, each) for each in moves if _seen(recent, each) < rules.seen]
     unconfirmed += [(labelled, each) for each in (*drops, *leanings) if _seen(labelled, each) < rules.seen]
 
+    better, worse = _worth(fresh, rules)
+
     what = _named(columns) or "what the champion leans on"
 
     kind: Kind
     if faults:
         kind, head = "data fault", [each.sentence for each in faults]
         moved, leant, unconfirmed = [], [], []
-    elif dropped:
-        kind, head = "shift", [_in_windows(labelled, each) for each in dropped]
+    elif dropped or better:
+        kind, head = "shift", [*(_in_windows(labelled, each) for each in dropped), *better]
     elif not moved and not leant:
         kind, head = "quiet", ["nothing moved further than the pack allows"] if not unconfirmed else []
     elif moved and season is not None and not any(each.rule in season.rules for each in moved):
@@ -369,8 +401,18 @@ def triage(history: Sequence[Drift], rules: DriftRules, season: Drift | None = N
             for each in newest.violated
             if each.kind == "fault" and each not in faults
         ),
+        *(() if faults else worse),
     ]
-    return Triage(kind=kind, reasons=tuple(reasons), evidence=_evidence(recent, newest, season))
+    return Triage(kind=kind, reasons=tuple(reasons), evidence=_evidence(recent, newest, season, fresh))
+
+
+def _worth(fresh: Freshness | None, rules: DriftRules) -> tuple[list[str], list[str]]:
+    """What newer rows are worth, in words: enough to train for, or not."""
+    if fresh is None:
+        return [], []
+    if fresh.exceeds(rules):
+        return [f"newer rows would make a better model: {fresh}"], []
+    return [], [f"{fresh}: not enough to train for"]
 
 
 def _faults(history: Sequence[Drift]) -> list[Finding]:
@@ -422,7 +464,7 @@ def _span(season: Drift) -> str:
     return f"{season.reference_start:%Y-%m-%d} … {season.reference_end:%Y-%m-%d}"
 
 
-def _evidence(recent: Sequence[Drift], newest: Drift, season: Drift | None) -> dict[str, Any]:
+def _evidence(recent: Sequence[Drift], newest: Drift, season: Drift | None, fresh: Freshness | None) -> dict[str, Any]:
     """What an alert carries: plain JSON."""
     evidence: dict[str, Any] = {
         "window": {"start": newest.start.isoformat(), "end": newest.end.isoformat(), "rows": newest.rows},
@@ -437,6 +479,8 @@ def _evidence(recent: Sequence[Drift], newest: Drift, season: Drift | None) -> d
             for each in recent
         ],
     }
+    if fresh is not None:
+        evidence["freshness"] = fresh.model_dump(mode="json")
     if newest.performance is not None:
         evidence["performance"] = newest.performance.model_dump(mode="json")
     if newest.importance is not None:

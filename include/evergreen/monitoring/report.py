@@ -93,8 +93,14 @@ def _rules(rules: DriftRules) -> str:
         f"A column has moved past a PSI of {rules.features.psi:g} (the target {rules.target.psi:g}, predictions "
         f"{rules.prediction.psi:g}), past chance, and past what was usual; a drop counts past {rules.performance.drop:g}, and a move of what the champion "
         f"leans on past {rules.importance.shift:g} and past chance. "
-        f"Each must be seen in {rules.violated} windows, the newest among them. A fault counts at once."
+        f"{_freshness(rules)}Each must be seen in {rules.violated} windows, the newest among them. A fault counts at once."
     )
+
+
+def _freshness(rules: DriftRules) -> str:
+    if rules.freshness is None:
+        return ""
+    return f"Newer rows count where a stand-in gains more than {rules.freshness.gain:g} by them, and not by chance. "
 
 
 def _timeline(shown: Sequence[Drift], history: Sequence[Drift], found: Triage, rules: DriftRules) -> str:

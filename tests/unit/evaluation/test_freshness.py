@@ -1,0 +1,102 @@
+"""What newer rows are worth: found where they are, and not where chance, or a hard week, looks like it."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from evergreen.evaluation import freshness
+from evergreen.pack import Data
+
+DATA = Data(target="bought", event_time="at")
+DAYS = 21
+
+
+def rows(seed, days, slope=1.5, noise=1.0):
+    """Days of 100 rows: `bought` follows `age` by `slope`, and `shop` a little; days have effects of their own."""
+    rng = np.random.default_rng(seed)
+    day = np.repeat(np.arange(days), 100)
+    age, shop = rng.normal(size=len(day)), rng.choice(["north", "south", None], len(day))
+    score = slope * age + 0.5 * (shop == "north") + rng.normal(0, 0.3, days)[day] + rng.normal(0, noise, len(day))
+    at = pl.Series(day).cast(pl.Int64) * 86_400_000_000
+    return pl.DataFrame(
+        {"age": age, "shop": shop, "at": at.cast(pl.Datetime("us", "UTC")), "bought": (score > 0).astype(int)}
+    ), day
+
+
+def gain(before, now, judged, clusters, **changed):
+    told = {"data": DATA, "metric": "roc_auc", "confidence": 0.95} | changed
+    return freshness.gain(before, now, judged, clusters, **told)
+
+
+def test_rows_of_a_new_truth_are_worth_a_training():
+    """What was bought by the old is bought by the young: whoever learns it does better, and surely."""
+    judged, day = rows(3, DAYS, slope=-1.5)
+    found = gain(rows(1, 30)[0], rows(2, 30, slope=-1.5)[0], judged, day)
+    assert found.value > 0.4
+    assert found.low > 0.3
+
+
+def test_a_hard_week_is_none():
+    """Both stand-ins do badly on rows that hardly follow anything; that is not what newer rows could mend."""
+    judged, day = rows(3, DAYS, noise=8.0)
+    found = gain(rows(1, 30)[0], rows(2, 30)[0], judged, day)
+    assert abs(found.value) < 0.02
+    assert found.low < 0 < found.high
+
+
+def test_where_nothing_changed_it_is_seldom_shown():
+    """A dozen times both learned from one truth: as often as a 97.5 % bound may err, give or take chance, and never by much."""
+    found = [gain(rows(3 * n, 10)[0], rows(3 * n + 1, 10)[0], *rows(3 * n + 2, 14)) for n in range(12)]
+    assert sum(each.low > 0 for each in found) <= 2
+    assert max(each.value for each in found) < 0.03
+
+
+def test_a_metric_of_which_less_is_better_gains_by_falling():
+    """The sign is that of better."""
+    judged, day = rows(3, DAYS, slope=-1.5)
+    found = gain(rows(1, 30)[0], rows(2, 30, slope=-1.5)[0], judged, day, metric="brier")
+    assert found.low > 0.1
+    assert found.low < found.value < found.high
+
+
+@pytest.mark.parametrize(("task", "metric"), [("regression", "rmse"), ("multiclass", "accuracy")])
+def test_other_targets(task, metric):
+    """A number, and more than two classes."""
+
+    def told(each):
+        target = pl.col("age") * 2 if task == "regression" else (pl.col("age") * 2).round().clip(-1, 1).cast(pl.Int64)
+        return each.with_columns(bought=target)
+
+    def turned(each):
+        return told(each.with_columns(age=-pl.col("age"))).with_columns(age=pl.col("age") * -1)
+
+    judged, day = rows(3, DAYS)
+    found = gain(
+        told(rows(1, 30)[0]), turned(rows(2, 30)[0]), turned(judged), day,
+        data=DATA.model_copy(update={"task": task}), metric=metric,
+    )  # fmt: skip
+    assert found.low > 0.2
+
+
+@pytest.mark.parametrize("broken", ["one class", "a class of its own", "no column", "nothing"])
+def test_what_cannot_be_said_is_not(broken):
+    """None, where a side has nothing to learn or to judge by."""
+    before, now, (judged, day) = rows(1, 5)[0], rows(2, 5)[0], rows(3, 5)
+    if broken == "one class":
+        before = before.filter(pl.col("bought") == 1)
+    elif broken == "a class of its own":
+        now = now.with_columns(bought=pl.col("bought") * 2)
+    elif broken == "no column":
+        judged = judged.drop("age", "shop")
+    else:
+        now = now.clear()
+    assert gain(before, now, judged, day) is None
+
+
+def test_many_rows_are_sampled_over_their_whole_time():
+    """At most so many, from the first to the last."""
+    many = pl.LazyFrame({"n": range(freshness.ROWS * 3 + 1)})
+    found = freshness.sampled(many, freshness.ROWS * 3 + 1)["n"]
+    assert freshness.ROWS / 2 < len(found) <= freshness.ROWS
+    assert found[0] == 0
+    assert found[-1] > freshness.ROWS * 2.9
