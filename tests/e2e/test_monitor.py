@@ -15,7 +15,7 @@ from evergreen import database as db
 from evergreen import keys, stages
 from evergreen.loop.monitor import alert_of, monitor, tell
 from evergreen.pack import Pack, load
-from evergreen.run import Promoted
+from evergreen.run import Promoted, Window
 from evergreen.settings import Settings
 from evergreen.triggers import senders
 
@@ -66,6 +66,9 @@ def evergreen(settings, *words):
 def test_a_week_after_its_making_the_champion_is_left_alone(settings):
     found = watch(settings, "2013-04-08")
     assert (found.champion, found.kind, alert_of(found)) == (1, "quiet", None)
+    assert found.freshness is not None
+    assert found.freshness.judged == Window(start=instant("2013-03-18"), end=instant("2013-04-08"))
+    assert any("not enough to train for" in reason for reason in found.reasons)
 
 
 def test_a_spring_that_the_champion_has_not_seen_is_alerted(settings):

@@ -236,8 +236,9 @@ class Freshness(Value):
         gain = self.gain
         interval = "" if gain.low is None else f" ({gain.low:+.3f} … {gain.high:+.3f})"
         return (
-            f"a stand-in that learns from {self.now} in place of {self.before} gains {gain.value:+.3f} of {self.metric}"
-            f"{interval} on the {count(self.rows, 'row')} since"
+            f"a stand-in that learns from the rows until {self.now.end:%Y-%m-%d} in place of those until "
+            f"{self.before.end:%Y-%m-%d} gains {gain.value:+.3f} of {self.metric}{interval} on the "
+            f"{count(self.rows, 'row')} since"
         )
 
     def exceeds(self, rules: DriftRules) -> bool:

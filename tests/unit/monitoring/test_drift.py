@@ -21,13 +21,14 @@ from evergreen.monitoring.drift import (
     ColumnDrift,
     Drift,
     Finding,
+    Freshness,
     Performance,
     _shift,
     compare,
     triage,
 )
 from evergreen.monitoring.profiles import profile
-from evergreen.pack import Data, DriftRules, Pack
+from evergreen.pack import Data, DriftRules, Gain, Pack
 from evergreen.run import Estimate, Importance, Window, canonical_json
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -472,6 +473,35 @@ def kind(*violated: tuple[Finding, ...], season: Drift | None = None, **given) -
 def test_each_line_of_the_table(violated, given, expected):
     """The newest window and M of the newest N, in the same column; the first line that holds decides."""
     assert kind(*violated, **given) == expected
+
+
+@pytest.mark.parametrize(
+    ("gain", "low", "violated", "expected"),
+    [
+        (0.03, 0.01, (), "shift"),
+        (0.03, 0.01, (MOVED,), "shift"),  # held, by the table, and newer rows would still do better
+        (0.03, -0.01, (), "quiet"),
+        (0.009, 0.005, (), "quiet"),
+        (-0.03, -0.05, (MOVED,), "withstood"),
+        (0.03, 0.01, (finding("fault", measure="missing"),), "data fault"),
+        (0.03, None, (), "quiet"),
+    ],
+)
+def test_newer_rows_count_past_the_rule_and_past_chance(gain, low, violated, expected):
+    """Whatever else moved or did not, but for a fault; asked or not, what they are worth is told and goes with the alert."""
+    rules = RULES.model_copy(update={"freshness": Gain(gain=0.01)})
+    high = None if low is None else 2 * gain - low
+    days = Window(start=START, end=START + 60 * DAY)
+    fresh = Freshness(
+        metric="roc_auc", gain=Estimate(value=gain, low=low, high=high), rows=900, judged=days, before=days, now=days
+    )
+    history = [week(number, *violated, now=0.79) for number in range(3)]
+    found = triage(history, rules, None, fresh)
+    assert found.kind == expected
+    assert found.evidence["freshness"]["gain"]["value"] == gain
+    said = [reason for reason in found.reasons if f"gains {gain:+.3f} of roc_auc" in reason]
+    assert len(said) == (expected != "data fault")
+    assert triage(history, RULES).kind == triage(history, RULES, None, fresh).kind
 
 
 def test_a_move_that_the_same_season_before_knew_is_seasonal():
