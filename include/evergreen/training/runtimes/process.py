@@ -147,7 +147,7 @@ def _pid(folder: Path) -> int | None:
     if known is None:
         return None
     found = _stat(known["pid"])
-    return known["pid"] if found is not None and found[0] == known["started"] and found[1] not in "ZX" else None
+    return known["pid"] if found is not None and found[0] == known["started"] and found[1] else None
 
 
 def _session(folder: Path) -> list[int]:
@@ -161,20 +161,23 @@ def _session(folder: Path) -> list[int]:
     members = []
     for entry in Path("/proc").glob("[0-9]*"):
         found = _stat(int(entry.name))
-        if found is not None and found[2] == known["pid"] and found[1] not in "ZX":
+        if found is not None and found[2] == known["pid"] and found[1]:
             members.append(int(entry.name))
     return sorted(members, key=lambda pid: pid != known["pid"])
 
 
-def _stat(pid: int) -> tuple[str, str, int] | None:
-    """(boot and tick at which it was made, state, session) of a process, by proc(5); None when there is none."""
+def _stat(pid: int) -> tuple[str, bool, int] | None:
+    """(boot and tick at which it was made, whether it lives, session) of a process, by proc(5); None when there is none.
+
+    A process whose first thread has ended is called a zombie while others end: they still hold its files, and its GPU.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()  # the name before it may hold spaces; the first field here is the third
-    return f"{boot}/{fields[19]}", fields[0], int(fields[3])
+    return f"{boot}/{fields[19]}", fields[0] not in "ZX" or int(fields[17]) > 1, int(fields[3])
 
 
 def _lock(file: IO[str]) -> bool:
