@@ -94,6 +94,25 @@ def test_a_launched_job_is_alive_until_it_ends(runtime, folder):
     assert json.loads((folder / "output" / "result.json").read_text())["ok"]
 
 
+def test_a_job_lives_as_long_as_its_last_thread(runtime, folder):
+    """Its first thread may end before others, which hold its files and its GPU; stopping it ends them."""
+    write(
+        folder,
+        "import ctypes, fcntl, pathlib, threading, time\n"
+        "def read(window):\n"
+        "    held = open('own', 'w')\n"
+        "    fcntl.flock(held, fcntl.LOCK_EX)\n"
+        "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "    threading.Thread(target=lambda: (time.sleep(0.1), pathlib.Path('ready').touch(), time.sleep(600))).start()\n"
+        "    ctypes.CDLL(None).syscall(60, 0) if __import__('platform').machine() == 'x86_64' else time.sleep(600)\n",
+    )
+    runtime.launch(folder)
+    until((folder / "ready").exists)
+    assert runtime.alive(folder)
+    runtime.stop(folder, grace_s=0.1)
+    assert not is_held(folder / "own")
+
+
 def test_the_end_is_seen_at_once(runtime, folder):
     """Joining returns when the job ends, long before the time that the caller would have waited."""
     write(folder, "def read(window):\n    return []\n")
