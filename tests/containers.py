@@ -55,6 +55,7 @@ def door(folder: Path, image: str) -> Iterator[Path]:
     volume = engine.volumes.create(f"evergreen-test-{uuid.uuid4().hex[:12]}", driver="local", driver_opts=where)
     path = folder / "engine.sock"
     asked = ["--socket", str(path), "--volume", f"{volume.name}:{folder}", "--memory", "2", "--cpus", "2"]
+    asked += ["--images", "churn:* , other:* ,"]
     if host := os.environ.get("DOCKER_HOST"):
         asked += ["--engine", host]
     process = subprocess.Popen(

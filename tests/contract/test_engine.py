@@ -209,6 +209,7 @@ BESIDE = {
     "another entry": {"Entrypoint": ["/bin/sh"]},
     "another command": {"Cmd": ["x"]},
     "code to be loaded": {"Env": [*JOB["Env"], "LD_PRELOAD=/var/lib/jobs/evergreen/a/x.so"]},
+    "GPUs by a variable": {"Env": [*JOB["Env"], "NVIDIA_VISIBLE_DEVICES=all"]},
     "a secret": {"Env": [*JOB["Env"], "AWS_SECRET_ACCESS_KEY=x"]},
     "a variable twice": {"Env": [*JOB["Env"], JOB["Env"][0]]},
     "the door's own mark": {"Labels": {**JOB["Labels"], "evergreen.engine": "other"}},
@@ -394,8 +395,22 @@ def test_another_container_is_out_of_reach(real, image):
         victim.remove(force=True)
 
 
+def test_a_label_that_came_by_an_image_is_no_mark(real, here, image):
+    """A container that bears the door's own label, and has nothing of the volume, is none of its own."""
+    client, _, _ = real
+    docker.launch(here)
+    name = f"evergreen-test-{uuid.uuid4().hex[:8]}"
+    labels = client.containers.get(container_name(here)).labels
+    victim = client.containers.create(image, ["sleep", "60"], name=name, labels=labels, network_mode="none")
+    try:
+        status, said = ask(here.parent / "own.sock", "DELETE", f"/containers/{name}?force=True")
+        assert (status, said) == (403, f"container {name} is no job's of this door")
+    finally:
+        victim.remove(force=True)
+
+
 def test_another_image_is_out_of_reach(real):
-    """It is neither looked at nor run."""
+    """It is neither looked at nor run, and the error says which are: however their list was spaced."""
     client, door, folder = real
     other, _ = client.images.build(fileobj=None, path=str(_recipe(folder)), rm=True)
     try:
@@ -405,7 +420,7 @@ def test_another_image_is_out_of_reach(real):
             ask(door, "POST", f"/containers/create?name={name}", request),
         ):
             assert status == 403
-            assert "ENGINE_IMAGES" in said
+            assert ", churn:*, other:*; ENGINE_IMAGES says which" in said
         assert not client.containers.list(all=True, filters={"name": name})
     finally:
         client.images.remove(other.id, force=True)
@@ -452,6 +467,13 @@ def test_only_so_many_jobs_run_at_once(here, monkeypatch):
     monkeypatch.setattr(engine, "RUNNING", 1)
     docker.launch(here)
     assert docker.alive(here)
+
+
+def test_only_so_many_containers_are_made(here, monkeypatch):
+    """Those that have ended count, too; one more is refused, and it says why."""
+    monkeypatch.setattr(engine, "CONTAINERS", 0)
+    with pytest.raises(JobError, match="0 containers of jobs are there already"):
+        docker.launch(here)
 
 
 def test_who_waits_no_more_is_forgotten(here):

@@ -44,6 +44,8 @@ LOOK_S = 1.0
 """How often whoever waits for a job's end is looked for: workers ask anew four times a second, and hang up."""
 RUNNING = 8
 """How many jobs may run at once."""
+CONTAINERS = 200
+"""How many containers of jobs may be there, ended ones included."""
 MINE = "evergreen.engine"
 """The label of what was made through this door, with the volume's name; nobody can ask for it."""
 
@@ -301,7 +303,7 @@ class Door(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def __init__(self, path: Path, rules: Rules, engine: str = ENGINE) -> None:
         self.rules = rules
         self.engine = engine
-        self.starting = threading.Lock()
+        self.counting = threading.Lock()
         path.unlink(missing_ok=True)  # of one that was killed
         before = os.umask(0o177)
         try:
@@ -387,7 +389,14 @@ class Visitor(BaseHTTPRequestHandler):
                 return 200, {key: found.get(key) for key in ("Id", "RepoTags", "RepoDigests")}
             case "create":
                 image = _image(engine, ask.config["Image"], rules)["Id"]
-                made = engine.create_container_from_config({**ask.config, "Image": image}, name=ask.of)
+                mine = {"label": f"{MINE}={rules.volume}"}
+                with self.server.counting:
+                    if len(engine.containers(all=True, filters=mine)) >= CONTAINERS:
+                        raise Refused(
+                            f"{CONTAINERS} containers of jobs are there already; on the machine whose engine this is: "
+                            f"docker container prune --filter label={mine['label']}"
+                        )
+                    made = engine.create_container_from_config({**ask.config, "Image": image}, name=ask.of)
                 return 201, {"Id": made["Id"], "Warnings": []}
         return None
 
@@ -395,7 +404,8 @@ class Visitor(BaseHTTPRequestHandler):
         """The answer to what is asked of a container that was made through this door."""
         told = engine.inspect_container(ask.of)
         volume = self.server.rules.volume
-        if (told["Config"].get("Labels") or {}).get(MINE) != volume:
+        marked = (told["Config"].get("Labels") or {}).get(MINE) == volume  # which an image can give, too
+        if not marked or volume not in [mount.get("Name") for mount in told.get("Mounts") or ()]:
             raise Refused(f"container {ask.of} is no job's of this door")
         its_id = told["Id"]  # its name may be another's by now
         if ask.what == "inspect":
@@ -403,7 +413,7 @@ class Visitor(BaseHTTPRequestHandler):
         if ask.what == "wait":
             return 200, self._waited(engine, its_id)
         if ask.what == "start":
-            with self.server.starting:
+            with self.server.counting:
                 if len(engine.containers(filters={"label": f"{MINE}={volume}"})) >= RUNNING:
                     raise Refused(f"{RUNNING} jobs run already")
                 engine.start(its_id)
@@ -468,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rules = Rules(
         volume=volume,
         at=PurePosixPath(at),
-        images=tuple(pattern for pattern in (own or "", *given.images.split(",")) if pattern),
+        images=tuple(pattern for pattern in map(str.strip, (own or "", *given.images.split(","))) if pattern),
         memory_bytes=given.memory * 2**30,
         cpus=given.cpus,
     )

@@ -135,12 +135,12 @@ def stop(folder: Path, grace_s: float = 5.0) -> None:
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a process of this machine would be given, less what names its folders."""
+    """What a process of this machine would be given, less what names its folders, and what NVIDIA's toolkit obeys."""
     of_this_machine = set(process.KEPT) - set(KEPT)
     kept = {
         name: value
         for name, value in process.environment(environ).items()
-        if name not in of_this_machine and not name.startswith("LD_")
+        if name not in of_this_machine and not name.startswith(("LD_", "NVIDIA_"))
     }
     return {**kept, "HOME": "/tmp"}  # noqa: S108 - the container's own
 
