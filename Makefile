@@ -12,7 +12,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down stack stack-down stack-test backup restore upgrade test faults lint prove new-pack check lock bench clean
+.PHONY: help run up down image stack stack-down stack-test backup restore upgrade test faults lint prove new-pack check lock bench clean
 # Of the stack: wheels to be taken before the index's when its image is built, and where its secrets are.
 export EVERGREEN_WHEELS ?= $(or $(firstword $(wildcard $(PIP_FIND_LINKS))),config/wheels)
 export EVERGREEN_SECRETS ?= ./secrets
@@ -58,12 +58,14 @@ up: $(VENV)/.ready  ## Airflow (UI, scheduler, triggerer) and the MLflow UI, on 
 down: $(VENV)/.ready  ## stop what `make up` started
 	@$(BIN)/evergreen down
 
-stack:  ## the platform as a team runs it, in containers: build, make the secrets, start, wait (GPU=1: with GPUs; ENGINE=1: jobs in containers; TLS=1: by https)
+image:
 	@owner=$$($(PYTHON) config/make_secrets.py $(EVERGREEN_SECRETS) $(if $(TLS),--tls $(HOST))) && touch $(EVERGREEN_SECRETS)/image.env && export EVERGREEN_UID=$$owner \
 	  && export EVERGREEN_REVISION=$$(git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null) \
 	  && $(COMPOSE) build init store && tag=$${EVERGREEN_TAG:-$$(sed -n s/^EVERGREEN_TAG=//p .env)} \
-	  && echo "EVERGREEN_IMAGE=$$(docker image inspect --format '{{.Id}}' "$$tag")" > $(EVERGREEN_SECRETS)/image.env \
-	  && $(COMPOSE) up --detach --wait --remove-orphans
+	  && echo "EVERGREEN_IMAGE=$$(docker image inspect --format '{{.Id}}' "$$tag")" > $(EVERGREEN_SECRETS)/image.env
+
+stack: image  ## the platform as a team runs it, in containers: build, make the secrets, start, wait (GPU=1: with GPUs; ENGINE=1: jobs in containers; TLS=1: by https)
+	@$(COMPOSE) up --detach --wait --remove-orphans
 	@echo "Airflow $(HTTP)://$(HOST):$(or $(AIRFLOW_PORT),8080) (people: $(EVERGREEN_SECRETS)/airflow_users) · MLflow $(HTTP)://$(HOST):$(or $(MLFLOW_PORT),5000) ($(EVERGREEN_SECRETS)/mlflow_users)"
 
 stack-down:  ## stop the stack; its data stay, in named volumes

@@ -77,6 +77,7 @@ def restore(folder: Path) -> None:
                 f"the stack {project} has volumes: {', '.join(sorted(volumes)[:3])} …; a backup goes into an empty one: "
                 "make stack-down, and docker compose down --volumes if nothing in them is needed"
             )
+        _build()
     for service in DATABASES:
         _paste(folder / f"{service}.tar.gz", *_once(service, "tar", "xz", "-C", DATA))
     for service, path in FOLDERS.items():
@@ -108,7 +109,15 @@ def _secrets_of(folder: Path) -> Iterator[None]:
 
 
 def _secrets() -> Path:
-    return Path(os.environ.get("EVERGREEN_SECRETS") or PROJECT / "secrets")
+    """Absolute: Compose takes `secrets/senders` for the name of a volume."""
+    return (PROJECT / (os.environ.get("EVERGREEN_SECRETS") or "secrets")).resolve()
+
+
+def _build() -> None:
+    """The images, for the user who owns the secrets: a volume's files are those of whom its first container runs as."""
+    words = ("make", "--no-print-directory", "image", f"EVERGREEN_SECRETS={_secrets()}")
+    if subprocess.run(words, cwd=PROJECT, check=False).returncode:
+        sys.exit(f"{' '.join(words)}: see above; nothing was restored")
 
 
 def _once(service: str, command: str, *arguments: str) -> tuple[str, ...]:

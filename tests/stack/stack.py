@@ -27,8 +27,8 @@ PATIENCE_S = 1200
 class Stack:
     """The services, from outside: Docker's word on them, and what they publish on loopback."""
 
-    def __init__(self, folder: Path) -> None:
-        self.secrets = folder / "secrets"
+    def __init__(self) -> None:
+        self.secrets = PROJECT / "var" / NAME / "secrets"
         self.ports = {
             name: free_port()
             for name in (
@@ -44,7 +44,7 @@ class Stack:
                 str(PROJECT / file)
                 for file in ("docker-compose.yaml", "docker-compose.tls.yaml", "tests/stack/compose.yaml")
             ),
-            "EVERGREEN_SECRETS": str(self.secrets),
+            "EVERGREEN_SECRETS": f"./{self.secrets.relative_to(PROJECT)}",  # as the Makefile has it: Compose can misread it
             "EVERGREEN_PUBLIC_URL": self.https("AIRFLOW"),
         }
         self._tokens: dict[str, str] = {}
@@ -76,7 +76,13 @@ class Stack:
     def down(self) -> None:
         """Stop it, and remove all that it kept."""
         self.compose("down", "--volumes", "--timeout", "5")
-        shutil.rmtree(self.secrets, ignore_errors=True)
+        shutil.rmtree(self.secrets.parent, ignore_errors=True)
+
+    def forget_images(self) -> None:
+        """Untag what was built, as on a machine that has built nothing."""
+        services = json.loads(self.compose("config", "--format", "json"))["services"]
+        built = {told["image"] for told in services.values() if "build" in told}
+        self.docker("image", "rm", "--force", *built)
 
     def compose(self, *arguments: str) -> str:
         """What `docker compose` prints."""
@@ -140,6 +146,7 @@ class Stack:
 
     def certify(self) -> None:
         """The secrets, as `make stack TLS=1` makes them: with a pair for `tls`, where there is none."""
+        self.secrets.parent.mkdir(parents=True, exist_ok=True)
         self._run("python3", "config/make_secrets.py", str(self.secrets), "--tls", "127.0.0.1")
 
     @contextlib.contextmanager

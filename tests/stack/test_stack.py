@@ -34,10 +34,10 @@ RESTARTED = (
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack() -> Iterator[Stack]:
     if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
         pytest.skip("no container engine answers here: the stack is not tested")
-    made = Stack(tmp_path_factory.mktemp("stack"))
+    made = Stack()
     try:
         made.down()
         ui_s, all_s = made.up()
@@ -419,6 +419,7 @@ def test_a_backup_goes_into_an_empty_stack(stack: Stack, tmp_path: Path):
     )
     assert refused.returncode != 0
     assert "a backup goes into an empty one" in refused.stderr
+    stack.forget_images()
     stack.down()
     stack.make("restore", f"FROM={folder}")
     assert (stack.evergreen("history", "flight_delay"), stack.evergreen("lineage", "flight_delay@champion")) == before

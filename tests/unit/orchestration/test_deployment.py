@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import netrc
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import psycopg
@@ -122,3 +127,52 @@ def test_a_backup_of_a_stack_that_does_not_run_is_refused(tmp_path):
     assert "not running: metrics, mlflow, postgres" in told.stderr
     assert "make stack" in told.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+DOCKER = """#!/bin/sh
+echo "$EVERGREEN_SECRETS $EVERGREEN_UID $*" >> "$TOLD"
+case "$*" in
+  *"config --format json") echo '{"name": "evergreen"}' ;;
+  "image inspect"*) echo sha256:0 ;;
+esac
+case "$*" in *" run "*) cat > /dev/null ;; esac
+"""
+"""An engine with nothing on it that does whatever it is told, and writes down what that was."""
+
+
+def test_a_restore_on_a_bare_machine_builds_before_it_fills(tmp_path):
+    """The images are made, for the owner of the backup's secrets, before a volume is; Compose gets no name for a path."""
+    project, backup = tmp_path / "project", tmp_path / "backup"
+    (project / "config").mkdir(parents=True)
+    for name in ("Makefile", ".env", "config/backup.py", "config/make_secrets.py"):
+        shutil.copy(MAKE.parents[1] / name, project / name)
+    (tmp_path / "docker").write_text(DOCKER)
+    (tmp_path / "docker").chmod(0o755)
+    backup.mkdir()
+    for name in ("postgres.tar.gz", "postgres-airflow.tar.gz", "store.tar", "mlflow.tar", "snapshots.bundle"):
+        (backup / name).write_text(name)
+    (tmp_path / "fernet_key").write_text("kept\n")
+    with tarfile.open(backup / "secrets.tar", "w") as archive:
+        archive.add(tmp_path / "fernet_key", "fernet_key")
+    files = {file.name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for file in backup.iterdir()}
+    (backup / "manifest.json").write_text(json.dumps({"made": "then", "files": files}))
+    done = subprocess.run(
+        ["make", "restore", f"FROM={backup}", f"PYTHON={sys.executable}"],
+        cwd=project,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(tmp_path / "told")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    secrets = project / "secrets"
+    assert (secrets / "fernet_key").read_text() == "kept\n"
+    told = [line.split(" ", 2) for line in (tmp_path / "told").read_text().splitlines()]
+    built, filled = (
+        [place for place, (_, _, words) in enumerate(told) if words.startswith(start)]
+        for start in ("compose build init store", "compose run ")
+    )
+    assert (len(filled), built[0] < filled[0]) == (5, True)
+    assert {told[place][1] for place in built} == {str(secrets.stat().st_uid)}
+    assert {told[place][0] for place in filled} == {str(secrets)}
