@@ -128,9 +128,10 @@ def _certify(folder: Path, host: str) -> None:
     """A key, and a certificate that is its own authority, for this host and for loopback, unless one of them is there."""
     folder.mkdir(mode=0o700, exist_ok=True)
     key, certificate = folder / "key.pem", folder / "cert.pem"
-    if key.exists() or certificate.exists():  # a team's own pair
-        return
     kind = "IP" if re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:]*", host) else "DNS"
+    if key.exists() or certificate.exists():  # a team's own pair
+        _compare(certificate, kind, host)
+        return
     names = ",".join(dict.fromkeys([f"{kind}:{host}", "DNS:localhost", "IP:127.0.0.1"]))
     config = f"""
 [req]
@@ -155,6 +156,22 @@ subjectKeyIdentifier = hash
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", "") or error
         sys.exit(f"{folder}: openssl made no certificate: {said}; put your own there: cert.pem and key.pem")
+
+
+def _compare(certificate: Path, kind: str, host: str) -> None:
+    """Say so where a certificate is not for this host: it may be meant, or be left of another name."""
+    check = "-checkip" if kind == "IP" else "-checkhost"
+    command = ["openssl", "x509", "-in", str(certificate), "-noout", check, host]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:  # whoever brings a pair needs no openssl here
+        return
+    if "does match certificate" not in said:
+        print(  # noqa: T201
+            f"{certificate}: no certificate for {host}, so clients will refuse it; put one there that is, or remove "
+            "cert.pem and key.pem and say make stack TLS=1 again: a pair is made anew",
+            file=sys.stderr,
+        )
 
 
 def _write(path: Path, text: str) -> None:

@@ -266,6 +266,10 @@ def test_people_and_machines_come_by_https(stack: Stack):
         token = airflow.post("/auth/token", json=login).json()["access_token"]
         assert airflow.get("/api/v2/dags", headers={"Authorization": f"Bearer {token}"}).is_success
         assert airflow.get("/execution/health").status_code == 404
+        for path in ("/execution/..%2fhealth", "/execution/%2E%2e/api/v2/version", "/x%2F.%2Fexecution/health"):
+            assert airflow.get(path).status_code == 400, path
+        assert airflow.get("/api/v2/version?of=../x").status_code == 200
+        assert airflow.post("/auth/token", content=b"x" * 5_000_000).status_code == 413
         page = airflow.get("/api/v2/auth/login", follow_redirects=True)
         assert str(page.url).startswith(stack.https("AIRFLOW"))
         csrf = re.search(r'name="csrf_token"[^>]* value="([^"]+)"', page.text)[1]
@@ -326,6 +330,10 @@ def test_stock_clients_come_by_https(stack: Stack):
             store.delete("/objects/large"),
         )
         assert (put.status_code, got.content == much, gone.status_code) == (201, True, 204)
+    with httpx.Client(base_url=stack.https("MLFLOW"), verify=known, timeout=300, trust_env=False) as mlflow:
+        nobodys = b"x" * 5_000_000
+        assert mlflow.post("/api/2.0/mlflow/runs/create", content=nobodys).status_code == 413
+        assert mlflow.put("/api/2.0/mlflow-artifacts/artifacts/x", content=nobodys).status_code == 401
     before = stack.authority.read_text()
     for file in stack.authority.parent.iterdir():
         file.unlink()

@@ -96,7 +96,17 @@ def test_a_first_certificate_is_for_its_host_and_a_teams_own_stays(tmp_path):
         for host in ("ml.example.com", "localhost", "example.com")
     ]
     assert proved == [True, True, False]
-    subprocess.run([sys.executable, MAKE, tmp_path, "--tls", "other.example.com"], check=True, capture_output=True)
+    for host, unknown in (
+        ("ml.example.com", False),
+        ("127.0.0.1", False),
+        ("ml.example.org", True),
+        ("10.0.0.1", True),
+    ):
+        again = subprocess.run(
+            [sys.executable, MAKE, tmp_path, "--tls", host], check=True, capture_output=True, text=True
+        )
+        assert (f"cert.pem: no certificate for {host}, " in again.stderr, bool(again.stderr)) == (unknown, unknown)
+        assert again.stdout.strip().isdigit()
     assert [path.read_text() for path in pair] == before
 
 
