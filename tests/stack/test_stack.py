@@ -21,6 +21,8 @@ import pytest
 from tests.contract.test_observed import SELECTOR, rules, shown
 from tests.stack.stack import PROJECT, Stack, until
 
+from evergreen.orchestration.deployment import LOADER
+
 pytestmark = pytest.mark.stack
 
 OURS = {"init", "airflow-api", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer", "worker"}
@@ -352,6 +354,8 @@ def test_a_worker_says_that_data_arrived(stack: Stack):
     before = stack.ask("GET", events)[1]["total_entries"]
     assert stack.evergreen("data-arrived", "flight_delay")["asset"] == asset["name"]
     assert stack.ask("GET", events)[1]["total_entries"] == before + 1
+    role = stack.ask("GET", "/auth/fab/v1/roles/Loader", user="admin")[1]
+    assert {(may["action"]["name"], may["resource"]["name"]) for may in role["actions"]} == {*LOADER}
     login = {"username": "loader", "password": stack.password("airflow_loader", "loader")}
     token = stack.ask("POST", "/auth/token", login, None)[1]["access_token"]
     for method, path in (("GET", "/api/v2/variables"), ("POST", "/api/v2/dags/flight_delay__train/dagRuns")):

@@ -132,7 +132,12 @@ def _prepare_airflow(_settings: Settings) -> None:
     embedded.make_pool()
 
 
-LOADER = [("can_create", "Assets"), ("can_read", "Assets"), ("can_read", "Asset Aliases")]
+LOADER = [
+    ("can_create", "Assets"),
+    ("can_read", "Assets"),
+    ("can_read", "Asset Aliases"),
+    ("can_read", "Website"),  # FAB gives it to every role
+]
 """What the role Loader may: say that data arrived."""
 
 

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -203,10 +204,20 @@ def client(address: str) -> httpx.Client:
     return airflow(headers={"Authorization": f"Bearer {token}"})
 
 
+ASKS_WHO = (401, 403, 404, 405)
+"""What an Airflow that has accounts answers to whoever asks for a token without one; FAB's: 404. A port that wants TLS
+answers 400 to plain HTTP: no password is sent there."""
+
+
 def _token(nobody: httpx.Client) -> str:
     """Airflow's, for whoever asks, as on an embedded home's loopback; else for the account that `.netrc` has."""
     answer = nobody.get("/auth/token")
-    if answer.is_client_error:
+    if answer.status_code == HTTPStatus.BAD_REQUEST and nobody.base_url.scheme == "http":
+        raise SettingsError(
+            f"{nobody.base_url} does not take plain HTTP: {answer.text[:300]}",
+            fix=f"ask {nobody.base_url.copy_with(scheme='https')}; SSL_CERT_FILE names an authority of one's own",
+        )
+    if answer.status_code in ASKS_WHO:
         answer = nobody.post("/auth/token", json=_account(nobody.base_url))
         if answer.status_code == 401:
             raise SettingsError(
@@ -226,7 +237,8 @@ def _account(address: httpx.URL) -> dict[str, str]:
     if found is None:
         raise SettingsError(
             f"{file}: there is no account for {address.host}, and Airflow at {address} asks who comes",
-            fix=f"write in it: machine {address.host} login NAME password PASSWORD",
+            fix=f"write in it: machine {address.host} login NAME password PASSWORD; in the stack, a secrets/netrc that an "
+            "earlier version made is made anew: remove it, then make stack",
         )
     return {"username": found[0], "password": found[2]}
 

@@ -113,12 +113,13 @@ def _session(pid):
 
 
 class Guarded(BaseHTTPRequestHandler):
-    """Airflow behind FAB's login: a token for a name and its password alone. What it was told lies in `seen`."""
+    """Airflow behind FAB's login, which knows no GET of a token. What it was told lies in `seen`."""
 
     seen: ClassVar[list[bytes]] = []
 
     def do_GET(self):
-        self._answer(200 if self.headers["authorization"] == "Bearer t" else 404, {})
+        known = self.headers["authorization"] == "Bearer t"
+        self._answer(404 if self.path == "/auth/token" else 200 if known else 401, {})
 
     def do_POST(self):
         self.seen.append(self.rfile.read(int(self.headers["content-length"])))
@@ -141,6 +142,13 @@ class Open(Guarded):
 
     def do_GET(self):
         self._answer(201, {"access_token": "t"})
+
+
+class Encrypted(Guarded):
+    """A port that wants TLS, as nginx answers who speaks plain HTTP there."""
+
+    def do_GET(self):
+        self._answer(400, "The plain HTTP request was sent to HTTPS port")
 
 
 @pytest.fixture
@@ -172,6 +180,13 @@ def test_where_airflow_lets_everybody_in_no_password_is_told(serve):
     """On loopback a token is given for nothing, and what .netrc holds stays there."""
     with embedded.client(serve(Open, "loader", "right")) as airflow:
         assert airflow.headers["authorization"] == "Bearer t"
+    assert Guarded.seen == []
+
+
+def test_a_port_that_wants_tls_is_told_no_password(serve):
+    """Who forgot the s of https has not sent the account over the network; the error says what is wrong."""
+    with pytest.raises(SettingsError, match=r"(?s)does not take plain HTTP.*fix: .*https://127.0.0.1"):
+        embedded.client(serve(Encrypted, "loader", "right"))
     assert Guarded.seen == []
 
 
