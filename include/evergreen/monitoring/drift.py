@@ -331,8 +331,10 @@ def triage(
         shift        performance has dropped, or newer rows are worth more than the pack's rule, whatever else moved
         quiet        no move is confirmed, nor that importance moved
         seasonal     columns moved, and none is other than in the same season before
-        shift        the target moved and the predictions did not move with it
-        withstood    the windows that moved and have labels show on average no drop past the pack's rule, proven or not
+        shift        the target moved and the predictions did not move with it, if it is not said that newer rows are
+                     worth too little
+        withstood    the windows that moved and have labels show on average no drop past the pack's rule, proven or not;
+                     or newer rows are worth too little
         shift        importance moved; by the line above, with a drop that is not proven
         shift        no such labels yet, and the predictions moved, or there are none
         withstood    no such labels yet, and the predictions did not move
@@ -376,10 +378,11 @@ def triage(
         kind, head = "quiet", ["nothing moved further than the pack allows"] if not unconfirmed else []
     elif moved and season is not None and not any(each.rule in season.rules for each in moved):
         kind, head = "seasonal", [f"{_named(columns)} moved, as in the same season before, {_span(season)}"]
-    elif any(each.kind == "target" for each in moved) and PREDICTION not in columns:
+    elif any(each.kind == "target" for each in moved) and PREDICTION not in columns and not worse:
         kind, head = "shift", ["the target moved, and the predictions did not move with it"]
-    elif held:
-        kind, head = "withstood", [f"{what} moved, and performance held: {_figure(told[-1])}"]
+    elif held or worse:
+        why = f"performance held: {_figure(told[-1])}" if held else "newer rows promise no better model"
+        kind, head = "withstood", [f"{what} moved, and {why}"]
     elif leant:
         kind, head = "shift", [f"{what} moved, and performance may have dropped: {_figure(told[-1])}"]
     elif PREDICTION in columns or predicted is None:
@@ -533,7 +536,7 @@ def _bins(reference: ColumnProfile, window: ColumnProfile) -> tuple[Floats, Floa
     if window.kind == "number":
         edges = np.unique(reference.quantiles(np.arange(1, many) / many))
         if edges[0] == reference.minimum:  # a value below the one that fills the first bin is another bin
-            edges = np.insert(edges, 0, np.nextafter(edges[0], -np.inf))
+            edges = np.insert(edges, 0, _below(edges[0]))
         p, q = (np.diff(each.cdf(edges), prepend=0.0, append=1.0) for each in (reference, window))
     else:
         known, now = reference.shares(), window.shares()
@@ -594,19 +597,23 @@ def _numbers(reference: ColumnProfile, window: ColumnProfile) -> dict[str, float
     }
 
 
-def _outside(column: ColumnProfile, low: float, high: float) -> float:
-    """The share of values below `low` or above `high`."""
+def _below(value: float) -> float:
+    """The next value below: beyond the least that a float holds, that is minus infinity."""
     import numpy as np
 
-    below, within = column.cdf([np.nextafter(low, -np.inf), high])
+    with np.errstate(over="ignore"):
+        return float(np.nextafter(value, -np.inf))
+
+
+def _outside(column: ColumnProfile, low: float, high: float) -> float:
+    """The share of values below `low` or above `high`."""
+    below, within = column.cdf([_below(low), high])
     return float(below + 1 - within)
 
 
 def _heap(column: ColumnProfile, value: float) -> float:
     """The share of values that are `value`."""
-    import numpy as np
-
-    below, through = column.cdf([np.nextafter(value, -np.inf), value])
+    below, through = column.cdf([_below(value), value])
     return float(through - below)
 
 

@@ -504,6 +504,26 @@ def test_newer_rows_count_past_the_rule_and_past_chance(gain, low, violated, exp
     assert triage(history, RULES).kind == triage(history, RULES, None, fresh).kind
 
 
+@pytest.mark.parametrize(
+    ("violated", "given", "expected"),
+    [
+        ((TARGET,), {"now": 0.8}, "withstood"),
+        ((MOVED, PREDICTED), {"now": 0.75}, "withstood"),
+        ((LEANS,), {"now": 0.75}, "withstood"),
+        ((DROP,), {"now": 0.7}, "shift"),
+    ],
+)
+def test_what_moved_starts_nothing_where_newer_rows_are_worth_nothing(violated, given, expected):
+    """A move is a reason to ask, and this is the answer; a drop that is proven is alerted all the same."""
+    rules = RULES.model_copy(update={"freshness": Gain(gain=0.01)})
+    days = Window(start=START, end=START + 60 * DAY)
+    gain = Estimate(value=0.001, low=-0.01, high=0.012)
+    fresh = Freshness(metric="roc_auc", gain=gain, rows=900, judged=days, before=days, now=days)
+    history = [week(number, *violated, **given) for number in range(3)]
+    assert triage(history, rules).kind == "shift"
+    assert triage(history, rules, None, fresh).kind == expected
+
+
 def test_a_move_that_the_same_season_before_knew_is_seasonal():
     """Against that season nothing moved; where something else did, or the model fell, it is not the season."""
     moves = [(MOVED, PREDICTED)] * 2
@@ -606,6 +626,12 @@ def test_whatever_is_compared_gives_numbers_that_json_has(before, now):
     json.loads(canonical_json(drift))
     assert Drift.model_validate_json(drift.model_dump_json()) == drift
     json.loads(canonical_json(triage([drift, drift], RULES)))
+
+
+def test_the_least_number_that_a_float_holds_is_a_number_too():
+    """There is a bin below it, and nothing in it."""
+    least = [-1.7976931348623157e308] * 60 + [float(number) for number in range(40)]
+    column(beside({"x": least}, {"x": least[::-1]}))
 
 
 def test_importing_it_costs_a_parsed_dag_nothing():
