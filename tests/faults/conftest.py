@@ -256,8 +256,13 @@ class Home:
         }
 
     def leftovers(self) -> list[str]:
-        """What lies in the folder of the jobs, but the lock that processes of this machine hold in turn."""
-        return sorted(path.name for path in self.settings.jobs.glob("*") if path.name != f".{NAME}.lock")
+        """What lies in the folder of the jobs, but the lock that processes of this machine hold in turn.
+
+        Nor is a prediction for somebody who was killed while he waited: each has a name of its own, which no retry knows,
+        so that two people may predict at once; it ends by itself, and is swept after its days.
+        """
+        found = (path.name for path in self.settings.jobs.glob("*"))
+        return sorted(name for name in found if name != f".{NAME}.lock" and not name.startswith("predict-"))
 
     def processes(self) -> list[int]:
         """Processes that were started on a folder of this home and live."""
