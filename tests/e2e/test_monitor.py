@@ -72,10 +72,18 @@ def test_a_week_after_its_making_the_champion_is_left_alone(settings):
 
 
 def test_a_spring_that_the_champion_has_not_seen_is_alerted(settings):
-    """By 2013-05-06 its predictions have moved and labels are not on its side: an alert, signed, with as-of and evidence."""
-    found = watch(settings, "2013-05-06")
+    """By 2013-05-27 newer rows would make a better model: an alert, signed, with as-of and evidence.
+
+    Three weeks before, when its predictions had moved, they would not have: that look starts nothing.
+    """
+    early = watch(settings, "2013-05-06")
+    assert early.kind == "withstood", early.reasons
+    assert "prediction" in early.columns
+    found = watch(settings, "2013-05-27")
     assert found.kind == "shift", found.reasons
-    assert {"prediction", "temperature"} <= set(found.columns)
+    assert found.freshness is not None
+    assert found.freshness.gain.low > 0
+    assert "freshness" in found.columns
     served = Served(settings.home)
     senders.ensure(settings)
     outer = FastAPI()
@@ -85,8 +93,9 @@ def test_a_spring_that_the_champion_has_not_seen_is_alerted(settings):
         tell(settings, found, served.url)
         tell(settings, found, served.url)
     [alert] = db.connect(settings.database_url).events(NAME, kind="alert")
-    assert (alert.body["sender"], alert.body["as_of"]) == ("monitor", "2013-05-06T00:00:00+00:00")
-    assert {each["column"] for each in alert.body["evidence"]["violated"]} >= {"prediction", "temperature"}
+    assert (alert.body["sender"], alert.body["as_of"]) == ("monitor", "2013-05-27T00:00:00+00:00")
+    assert alert.body["evidence"]["freshness"]["gain"]["value"] > 0.01
+    assert {each["column"] for each in alert.body["evidence"]["violated"]} >= {"temperature"}
 
 
 def test_the_terminal_shows_a_look(settings):
