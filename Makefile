@@ -84,7 +84,7 @@ upgrade: backup stack  ## a backup, then the stack from these files: new images,
 
 stack-test: $(VENV)/.ready-dev  ## bring a stack up from nothing, use it, break it, and take it away again
 	@$(BIN)/python -m pytest -m stack -p no:randomly -s --timeout 3600 tests/stack $(ARGS)
-	@$(if $(ARGS),,$(BIN)/python -m pytest tests/contract/test_engine.py tests/contract/test_runtimes.py tests/e2e/test_containers.py)
+	@$(if $(ARGS),,$(BIN)/python -m pytest tests/contract/test_containers.py tests/contract/test_engine.py tests/contract/test_runtimes.py tests/e2e/test_containers.py)
 
 new-pack: $(VENV)/.ready  ## a working pack to start from: make new-pack NAME=churn
 	@test -n "$(NAME)" || { echo "name it: make new-pack NAME=churn"; exit 2; }
