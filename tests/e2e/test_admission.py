@@ -129,11 +129,13 @@ class Admitting(Home):
         answer = self.airflow.post("/api/v2/assets/events", json={"asset_id": asset, "extra": {}})
         assert answer.is_success, answer.text
 
-    def kill(self, *names):
-        """SIGKILL these processes of Airflow, and all that they started."""
+    def kill(self, *names, keepers=True):
+        """SIGKILL these processes of Airflow, and all that they started; without their keepers they come again."""
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if any(re.search(rf"airflow {name}\b", " ".join(process.cmdline())) for name in names):
+                words = " ".join(process.cmdline())
+                kept = not keepers and "orchestration.keeper" in words
+                if not kept and any(re.search(rf"airflow {name}\b", words) for name in names):
                     for each in [*process.children(recursive=True), process]:
                         each.kill()
                     psutil.wait_procs([process], timeout=20)

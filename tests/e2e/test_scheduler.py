@@ -176,6 +176,14 @@ class Home:
                     found.append(process)
         return found
 
+    def scheduler(self):
+        """Airflow's scheduler, where it runs."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[1:4] == ["-m", "airflow", "scheduler"]:
+                    return process
+        return None
+
     def listening(self):
         """The addresses on which they listen."""
         ours = {process.pid for process in self.processes()}
@@ -200,7 +208,10 @@ def story(tmp_path_factory):
         told["listening"] = home.listening()
         told["waits"] = killed_while_training(home, go)
         told["shown"] = read_through_the_api(home, told["waits"]["runs"][0]["run_id"])
+        killed = home.scheduler()
+        killed.kill()
         told["backfill"] = backfilled(home)
+        told["schedulers"] = (killed.pid, home.scheduler().pid)
         go.unlink()
         last = home.begin("run", "waits", "--force")
         until(lambda: home.job("waits"))
@@ -308,6 +319,13 @@ def test_everything_listens_on_loopback_only(story):
 def test_no_dag_is_paused(story):
     """Packs run from the start."""
     assert story["shown"]["paused"] == []
+
+
+def test_a_scheduler_that_dies_is_started_again(story):
+    """By whoever keeps it: what is asked of the home afterwards is done, with nobody's help."""
+    killed, now = story["schedulers"]
+    assert killed != now
+    assert {run["state"] for run in story["backfill"]["dag runs"]} == {"success"}
 
 
 def test_a_run_goes_through_the_scheduler(story):

@@ -36,7 +36,7 @@ class Storm(Admitting):
 
 
 def weather(home, count, *, bell, postgres=None, kills):
-    """`count` alerts, some sent twice, shuffled; `kills` times between, something is killed and started again."""
+    """`count` alerts, some sent twice, shuffled; `kills` times between, something is killed, and comes again."""
     chance = random.Random(7)
     numbers = [*range(count), *chance.sample(range(count), count // 10)]
     chance.shuffle(numbers)
@@ -54,8 +54,7 @@ def weather(home, count, *, bell, postgres=None, kills):
                     postgres.kill()
                     postgres.start()
                 else:
-                    home.kill(victim)
-                    home.start(victim.replace(".", "-"))
+                    home.kill(victim, keepers=False)
             for number, answer in sent.items():
                 assert answers.setdefault(number, answer.result()) == answer.result(), "another id for the same message"
     return answers

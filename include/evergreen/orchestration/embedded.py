@@ -359,7 +359,12 @@ def _start(settings: Settings, name: str, service: Service, env: Mapping[str, st
         with (logs / f"{process_name}.log").open("ab") as log:
             # Each in a session of its own, so that it outlives this terminal and is stopped with all it started.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+                [sys.executable, "-m", "evergreen.orchestration.keeper", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env,
+                start_new_session=True,
             )
         process.returncode = 0  # it outlives this object, which would warn of it otherwise
         entry["processes"].append({"pid": process.pid, "started": psutil.Process(process.pid).create_time()})
