@@ -7,11 +7,16 @@ same newest rows, which neither has seen:
 
     gain    the second's metric less the first's, in units of the metric, by its sign: greater is better
 
-with the gate's own interval of a paired difference. Same learner, same rows: what is left is what the rows are worth.
+Same learner, same rows: what is left is what the rows are worth, and two kinds of chance. Other days might have been
+judged, as in the gate's own interval of a paired difference; and other rows might have been learned from, by which alone
+two models of one truth differ by more than a margin. So each side's rows are dealt into `PARTS` parts, a learner is taught
+on each, and their mean predicts. The gain without each day judged tells the first kind, without each part the second
+(`significance.jackknife`). Rows are dealt by what is in them: one that both sides hold is in the same part of both, and
+sides that hold the same rows gain nothing, exactly.
 
 The stand-in is gradient boosting of histograms of the columns as they are (Friedman, "Greedy function approximation",
-Annals of Statistics 29(5), 2001; Ke et al., "LightGBM", NeurIPS 2017; scikit-learn's), on at most `ROWS` rows of each
-side: seconds, whatever the model costs. It knows columns of numbers, words and truth values, and nothing of times.
+Annals of Statistics 29(5), 2001; Ke et al., "LightGBM", NeurIPS 2017; scikit-learn's), on at most about `ROWS` rows of
+each side: seconds, whatever the model costs. It knows columns of numbers, words and truth values, and nothing of times.
 
 Not covered: what the model itself makes of the rows. One that keeps what it learned, or that columns of a table do not
 say anything to, may gain more or less than the stand-in does; the gate has the last word.
@@ -20,20 +25,23 @@ say anything to, may gain more or less than the stand-in does; the gate has the 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evergreen.evaluation import significance
-from evergreen.evaluation.metrics import Array, Rows, direction
+from evergreen.evaluation import metrics
+from evergreen.evaluation.metrics import Array, Rows
+from evergreen.evaluation.significance import MOST, jackknife, without_each
 from evergreen.pack import Data
 from evergreen.run import Estimate
 
 if TYPE_CHECKING:
     import polars as pl
 
-ROWS = 20_000
-"""Most rows that a stand-in learns from."""
+ROWS = 30_000
+"""About the most rows that a side's stand-in learns from."""
+PARTS = 5
+"""Learners of a side, each with rows of its own."""
 ROUNDS = 60
 WORDS = 250
 """Most values of a column of words that are told apart, the most frequent ones."""
@@ -70,23 +78,50 @@ def gain(
             return None
         classes = known[0].tolist()
     encoded = _encoded(tables, columns)
-    told: dict[str, Any] = {"metric": metric, "confidence": confidence, "independent": independent}
-    rows = []
-    for learned, truth in zip(encoded[:2], truths[:2], strict=True):
-        predicted = _taught(learned, truth, encoded[2], columns, data.task)
-        rows.append(Rows.of(data.task, truths[2], predicted, clusters, classes))
-    found = significance.paired(rows[1], rows[0], **told)
+    sides = [
+        _side(table.select(_hashed() % PARTS).to_series().to_numpy(), learned, truth, encoded[2], columns, data.task)
+        for table, learned, truth in zip(tables[:2], encoded[:2], truths[:2], strict=True)
+    ]
+    if not all(sides):
+        return None
+    if independent:
+        clusters = np.arange(len(clusters)) * min(len(clusters), MOST) // len(clusters)
+
+    def by(side: list[Array], without_part: int | None = None) -> Rows:
+        """What the mean of a side's learners predicts, the one of a part left out."""
+        kept = [predicted for k, predicted in enumerate(side) if k != without_part]
+        return Rows.of(data.task, truths[2], np.mean(kept, axis=0), clusters, classes)
+
+    pairs = [[by(side, without_part) for side in sides] for without_part in (None, *range(PARTS))]
+    gains = [metrics.value(new, metric) - metrics.value(old, metric) for old, new in pairs]
+    old, new = pairs[0]
+    days = without_each(new)
+    by_day = metrics.figures(new, metric, days) - metrics.figures(old, metric, days)
+    found = jackknife(gains[0], by_day, confidence, also=[np.array(gains[1:])])
     if not math.isfinite(found.value):
         return None
-    if direction(metric) > 0:
+    if metrics.direction(metric) > 0:
         return found
     low, high = (None if bound is None else -bound for bound in (found.high, found.low))
     return Estimate(value=-found.value, low=low, high=high)
 
 
-def sampled(rows: pl.LazyFrame, count: int) -> pl.DataFrame:
-    """Every k-th of `count` rows, at most `ROWS`."""
-    return rows.gather_every(max(1, math.ceil(count / ROWS))).collect()
+def sampled(rows: pl.LazyFrame, share: float) -> pl.DataFrame:
+    """That share of the rows, the same ones wherever they are asked for."""
+    import polars as pl
+
+    if share >= 1:
+        return rows.collect()
+    return rows.filter((_hashed() // PARTS) % 1_000_000 < pl.lit(round(share * 1_000_000))).collect()
+
+
+def _hashed() -> pl.Expr:
+    """A number that follows from what is in the row: its columns of the kinds that have one meaning in every table."""
+    import polars as pl
+    from polars import selectors
+
+    kinds = selectors.numeric() | selectors.string() | selectors.boolean() | selectors.temporal()
+    return pl.struct(kinds).hash(SEED)
 
 
 def _columns(before: pl.DataFrame, now: pl.DataFrame, judged: pl.DataFrame, data: Data) -> dict[str, bool]:
@@ -124,15 +159,26 @@ def _encoded(tables: tuple[pl.DataFrame, ...], columns: dict[str, bool]) -> list
     return [each.select(ways).to_numpy() for each in tables]
 
 
+def _side(part: Array, learned: Array, truth: Array, asked: Array, columns: dict[str, bool], task: str) -> list[Array]:
+    """What the learner of each part predicts for `asked`; of none, where a part has not all classes that the side has."""
+    masks = [part == each for each in range(PARTS)]
+    needed = 1 if task == "regression" else len(np.unique(truth))
+    if any(len(np.unique(truth[mask])) < needed for mask in masks):
+        return []
+    return [_taught(learned[mask], truth[mask], asked, columns, task) for mask in masks]
+
+
 def _taught(learned: Array, truth: Array, asked: Array, columns: dict[str, bool], task: str) -> Array:
     """The stand-in's predictions for `asked`: (n,), or (n, k) of k classes."""
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+    from threadpoolctl import threadpool_limits
 
     learner = HistGradientBoostingRegressor if task == "regression" else HistGradientBoostingClassifier
-    model = learner(
-        max_iter=ROUNDS, categorical_features=list(columns.values()), early_stopping=False, random_state=SEED
-    ).fit(learned, truth)
-    if task == "regression":
-        return np.asarray(model.predict(asked))
-    probabilities = np.asarray(model.predict_proba(asked))
+    with threadpool_limits(1):  # so few rows are learned from sooner by one core than by cores that wait for each other
+        model = learner(
+            max_iter=ROUNDS, categorical_features=list(columns.values()), early_stopping=False, random_state=SEED
+        ).fit(learned, truth)
+        if task == "regression":
+            return np.asarray(model.predict(asked))
+        probabilities = np.asarray(model.predict_proba(asked))
     return probabilities[:, 1] if task == "binary" else probabilities

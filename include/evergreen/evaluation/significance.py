@@ -203,15 +203,31 @@ def without_each(rows: Rows) -> Array:
     return np.where(group == np.arange(left_out)[:, None], 0.0, 1.0)
 
 
-def jackknife(whole: float, without: Array, confidence: float, partitions: int | None = None) -> Estimate:
-    """θ ± t(G - 1) · se, as the module says; no bounds where there is no se."""
-    error = standard_error(whole, without)
-    if error is None:
+def jackknife(
+    whole: float, without: Array, confidence: float, partitions: int | None = None, also: Sequence[Array] = ()
+) -> Estimate:
+    """θ ± t(G - 1) · se, as the module says; no bounds where there is no se.
+
+    `also`: where θ would be another for further reasons, independent of the first, its figures without each part of
+    theirs. The variances add, se² = Σ seᵢ², and t has se⁴ / Σ (seᵢ⁴ / (Gᵢ - 1)) degrees of freedom, rounded down (Satterthwaite, "An
+    approximate distribution of estimates of variance components", Biometrics Bulletin 2(6), 1946).
+    """
+    errors = [(standard_error(whole, each), len(each) - 1) for each in (without, *also)]
+    known = [(error**2, freedom) for error, freedom in errors if error is not None]
+    if len(known) < len(errors):
         return Estimate(value=whole, partitions=partitions)
-    freedom = len(without) - 1
-    reach = _quantile(freedom, (1 + confidence) / 2) * error
+    variance = sum(each for each, _ in known)
+    spread = sum(each**2 / freedom for each, freedom in known)
+    # Of one reason it is G - 1 to the last digit, which a quotient of floats need not be.
+    freedom = math.floor(variance**2 / spread) if also and spread else known[0][1]
+    reach = _quantile(freedom, (1 + confidence) / 2) * math.sqrt(variance)
     return Estimate(
-        value=whole, low=whole - reach, high=whole + reach, error=error, freedom=freedom, partitions=partitions
+        value=whole,
+        low=whole - reach,
+        high=whole + reach,
+        error=math.sqrt(variance),
+        freedom=freedom,
+        partitions=partitions,
     )
 
 

@@ -37,20 +37,31 @@ def rehearse(
     if windows.train.end <= train.end:
         return None
     judged = Window(start=windows.train.end, end=windows.holdout.end)
-    parts = manifest.within(judged)
+    days = manifest.within(judged)
     try:
-        before = _labelled(_read(run, [store.path(ref) for ref in store.listing(snapshot).values()], train), target)
-        now = _labelled(_read(run, [store.path(part.object) for part in manifest.within(windows.train)]), target)
-        newest = [_labelled(_read(run, [store.path(part.object)], all_of=True), target) for part in parts]
+        old = [store.path(ref) for ref in store.listing(snapshot).values()]
+        new = [store.path(part.object) for part in manifest.within(windows.train)]
+        newest = [store.path(part.object) for part in days]
     except StoreError as error:
         log.warning("%s: what newer rows are worth is not known: %s", run.pack.name, error)
         return None
+    if not (old and new and newest):
+        return None
     import polars as pl
 
-    if before is None or now is None or not any(each is not None and each.height for each in newest):
+    at = pl.col(run.pack.data.event_time)
+    sides = [
+        _scanned(files).filter(at.is_between(window.start, window.end, closed="left"))
+        for files, window in ((old, train), (new, windows.train))
+    ]
+    most = max(int(rows.select(pl.len()).collect().item()) for rows in sides)
+    before, now = (_labelled(freshness.sampled(rows, freshness.ROWS / max(most, 1)), target) for rows in sides)
+    by_day = [_labelled(pl.read_parquet(file), target) for file in newest]
+    by_day = [rows for rows in by_day if rows.height]
+    if not (before.height and now.height and by_day):
         return None
-    clusters = np.repeat(np.arange(len(newest)), [0 if each is None else each.height for each in newest])
-    rows = pl.concat([each for each in newest if each is not None], how="diagonal_relaxed")
+    rows = pl.concat(by_day, how="diagonal_relaxed")
+    clusters = np.repeat(np.arange(len(by_day)), [day.height for day in by_day])
     try:
         gain = freshness.gain(
             before,
@@ -70,24 +81,12 @@ def rehearse(
     return Freshness(metric=primary.metric, gain=gain, rows=rows.height, judged=judged, before=train, now=windows.train)
 
 
-def _read(
-    run: Run, files: Sequence[Path], window: Window | None = None, *, all_of: bool = False
-) -> pl.DataFrame | None:
-    """Rows of the files, within the window if there is one: a sample for the stand-in, or all; None where there are none."""
+def _scanned(files: Sequence[Path]) -> pl.LazyFrame:
     import polars as pl
 
-    if not files:
-        return None
-    rows = pl.concat([pl.scan_parquet(file) for file in files], how="diagonal_relaxed")
-    if window is not None:
-        rows = rows.filter(pl.col(run.pack.data.event_time).is_between(window.start, window.end, closed="left"))
-    if all_of:
-        return rows.collect()
-    found = freshness.sampled(rows, int(rows.select(pl.len()).collect().item()))
-    return found if found.height else None
+    return pl.concat([pl.scan_parquet(file) for file in files], how="diagonal_relaxed")
 
 
-def _labelled(rows: pl.DataFrame | None, target: str) -> pl.DataFrame | None:
-    if rows is None or target not in rows.columns:
-        return None
-    return rows.filter(looks.labelled(rows[target]))
+def _labelled(rows: pl.DataFrame, target: str) -> pl.DataFrame:
+    """The rows whose label has come; none, where the column has not."""
+    return rows.filter(looks.labelled(rows[target])) if target in rows.columns else rows.clear()

@@ -19,7 +19,12 @@ def rows(seed, days, slope=1.5, noise=1.0):
     score = slope * age + 0.5 * (shop == "north") + rng.normal(0, 0.3, days)[day] + rng.normal(0, noise, len(day))
     at = pl.Series(day).cast(pl.Int64) * 86_400_000_000
     return pl.DataFrame(
-        {"age": age, "shop": shop, "at": at.cast(pl.Datetime("us", "UTC")), "bought": (score > 0).astype(int)}
+        {
+            "age": age,
+            "shop": pl.Series(shop.tolist(), dtype=pl.String),
+            "at": at.cast(pl.Datetime("us", "UTC")),
+            "bought": (score > 0).astype(int),
+        }
     ), day
 
 
@@ -44,11 +49,23 @@ def test_a_hard_week_is_none():
     assert found.low < 0 < found.high
 
 
-def test_where_nothing_changed_it_is_seldom_shown():
-    """Eight times both learned from one truth: as often as a 97.5 % bound may err, give or take chance, and never by much."""
-    found = [gain(rows(3 * n, 10)[0], rows(3 * n + 1, 10)[0], *rows(3 * n + 2, 14)) for n in range(8)]
-    assert sum(each.low > 0 for each in found) <= 2
-    assert max(each.value for each in found) < 0.03
+@pytest.mark.parametrize("shared", [0, 27])
+def test_where_nothing_changed_it_is_seldom_shown(shared):
+    """Both learned from one truth, from some of the same days or from none: as often as a 97.5 % bound may err."""
+    found = []
+    for n in range(5):
+        whole, day = rows(2 * n, 60)
+        before, now = (whole.filter((day >= first) & (day < first + 30)) for first in (0, 30 - shared))
+        found.append(gain(before, now, *rows(2 * n + 1, DAYS)))
+    assert sum(each.low > 0 for each in found) <= 1
+    assert max(each.value for each in found) < 0.01
+
+
+def test_the_same_rows_are_worth_nothing():
+    """In whatever order: not a hair more or less."""
+    before = rows(1, 30)[0]
+    found = gain(before, before.sample(fraction=1, shuffle=True, seed=5), *rows(2, DAYS))
+    assert (found.value, found.low, found.high) == (0, 0, 0)
 
 
 def test_a_metric_of_which_less_is_better_gains_by_falling():
@@ -78,7 +95,7 @@ def test_other_targets(task, metric):
     assert found.low > 0.2
 
 
-@pytest.mark.parametrize("broken", ["one class", "a class of its own", "no column", "nothing"])
+@pytest.mark.parametrize("broken", ["one class", "a class of its own", "no column", "nothing", "few"])
 def test_what_cannot_be_said_is_not(broken):
     """None, where a side has nothing to learn or to judge by."""
     before, now, (judged, day) = rows(1, 5)[0], rows(2, 5)[0], rows(3, 5)
@@ -88,15 +105,19 @@ def test_what_cannot_be_said_is_not(broken):
         now = now.with_columns(bought=pl.col("bought") * 2)
     elif broken == "no column":
         judged = judged.drop("age", "shop")
-    else:
+    elif broken == "nothing":
         now = now.clear()
+    else:
+        now = now.head(freshness.PARTS)
     assert gain(before, now, judged, day) is None
 
 
 def test_many_rows_are_sampled_over_their_whole_time():
-    """At most so many, from the first to the last."""
-    many = pl.LazyFrame({"n": range(freshness.ROWS * 3 + 1)})
-    found = freshness.sampled(many, freshness.ROWS * 3 + 1)["n"]
-    assert freshness.ROWS / 2 < len(found) <= freshness.ROWS
-    assert found[0] == 0
-    assert found[-1] > freshness.ROWS * 2.9
+    """That share of them, from the first to the last, and one that is taken here is taken there."""
+    many = pl.LazyFrame({"n": range(90_000)})
+    found = freshness.sampled(many, 1 / 3)["n"]
+    assert 29_000 < len(found) < 31_000
+    assert (found[0] < 20, found[-1] > 89_980) == (True, True)
+    later = freshness.sampled(many.filter(pl.col("n") >= 30_000), 1 / 3)["n"]
+    assert later.to_list() == [n for n in found if n >= 30_000]
+    assert len(freshness.sampled(many, 1.5)) == 90_000
