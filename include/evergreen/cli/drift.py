@@ -9,7 +9,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.text import Text
 
 from evergreen import keys
@@ -30,8 +32,7 @@ from evergreen.run import Ingested, Manifest, Run, Validated, Window, count, flo
 from evergreen.settings import Settings
 
 if TYPE_CHECKING:
-    from evergreen.loop.monitor import Watched
-    from evergreen.monitoring.drift import Drift, Triage
+    from evergreen.loop.monitor import Looked, Watched
 
 STYLES = {
     "data fault": "bold red",
@@ -188,18 +189,20 @@ def _backwards(
     run = _begin(settings, pack, parse_instant(until) if until else None)
     as_ofs = list(_instants(pack, since, run.as_of, every))
     manifest = _history(settings, run, as_ofs[0])
-    found = list(zip(as_ofs, backwards(run, manifest, as_ofs), strict=True))
+    looks = backwards(run, manifest, as_ofs)
+    found = list(track(looks, "looking back", total=len(as_ofs), console=Console(stderr=True), transient=True))
     if as_json:
         show_json(
             [
                 {
-                    "as_of": as_of,
-                    "kind": triage.kind,
-                    "reasons": triage.reasons,
-                    "violated": [each.model_dump(mode="json") for each in newest.violated],
-                    "performance": newest.performance.model_dump(mode="json") if newest.performance else None,
+                    "as_of": each.as_of,
+                    "kind": each.triage.kind,
+                    "reasons": each.triage.reasons,
+                    "violated": [finding.model_dump(mode="json") for finding in each.newest.violated],
+                    "performance": each.newest.performance.model_dump(mode="json") if each.newest.performance else None,
+                    "freshness": each.freshness.model_dump(mode="json") if each.freshness else None,
                 }
-                for as_of, (triage, newest) in found
+                for each in found
             ]
         )
         return
@@ -218,13 +221,14 @@ def _instants(pack: Pack, since: datetime, until: datetime, every: timedelta) ->
 
 
 def _history(settings: Settings, run: Run, first: datetime) -> Manifest:
-    """The partitions from the windows of the look at `first` until `run.as_of`, read a chain's length at a time."""
+    """The partitions that looks from `first` until `run.as_of` take, read a chain's length at a time."""
     from evergreen.data.store import Store
     from evergreen.work import manifest_of
 
     data, rules = run.pack.data, run.pack.triggers.drift or DriftRules()
+    reach = rules.reach if rules.freshness is None else data.whole  # what a training as of then would have read
     ends = [run.as_of]
-    while ends[-1] - data.whole > first - rules.reach:
+    while ends[-1] - data.whole > first - reach:
         ends.append(floor(ends[-1] - data.whole, data.partition))
     store = Store(settings)
     manifests: list[Manifest] = []
@@ -249,19 +253,22 @@ def _history(settings: Settings, run: Run, first: datetime) -> Manifest:
     )
 
 
-def _show_backwards(pack: Pack, found: list[tuple[datetime, tuple[Triage, Drift]]]) -> None:
+def _show_backwards(pack: Pack, found: list[Looked]) -> None:
     console = out()
-    kinds = Counter(triage.kind for _, (triage, _) in found)
+    kinds = Counter(each.triage.kind for each in found)
     rules: dict[tuple[str, str], list[float]] = {}
-    for _, (_, newest) in found:
-        for each in newest.violated:
-            rules.setdefault((each.column or "(all)", each.measure), []).append(each.value)
+    for each in found:
+        for finding in each.newest.violated:
+            rules.setdefault((finding.column or "(all)", finding.measure), []).append(finding.value)
+        if each.freshness is not None and each.freshness.exceeds(pack.triggers.drift or DriftRules()):
+            rules.setdefault(("(newer rows)", "gain"), []).append(each.freshness.gain.value)
     console.print(
-        f"{pack.name}: {count(len(found), 'look')}, {found[0][0]:%Y-%m-%d} … {found[-1][0]:%Y-%m-%d}, with today's champion"
+        f"{pack.name}: {count(len(found), 'look')}, {found[0].as_of:%Y-%m-%d} … {found[-1].as_of:%Y-%m-%d}, "
+        "with today's champion"
     )
     table = plain_table("kind", "looks", "first", "last")
     for kind, looks in kinds.most_common():
-        days = [as_of for as_of, (triage, _) in found if triage.kind == kind]
+        days = [each.as_of for each in found if each.triage.kind == kind]
         table.add_row(
             Text(kind, style=STYLES[kind]),
             f"{looks} ({looks / len(found):.0%})",

@@ -8,7 +8,7 @@ anybody's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -388,10 +388,20 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
     )
 
 
-def backwards(run: Run, manifest: Manifest, as_ofs: Sequence[datetime]) -> list[tuple[Triage, Drift]]:
-    """What the monitor would have said at each of `as_ofs`, with today's champion and rules; the newest window of each.
+class Looked(Value):
+    """What the monitor would have said of an instant of the past."""
 
-    `manifest` holds their windows. Raises RegistryError where there is no champion to compare with.
+    as_of: datetime
+    triage: Triage
+    newest: Drift
+    freshness: Freshness | None
+
+
+def backwards(run: Run, manifest: Manifest, as_ofs: Sequence[datetime]) -> Iterator[Looked]:
+    """What the monitor would have said at each of `as_ofs`, with today's champion and rules.
+
+    `manifest` holds their windows, and where newer rows are to be rehearsed, those that trainings as of then would have
+    had. Raises RegistryError where there is no champion to compare with.
     """
     pack, store, registry = run.pack, Store(run.settings), Registry(run.settings)
     rules = pack.triggers.drift or DriftRules()
@@ -402,15 +412,17 @@ def backwards(run: Run, manifest: Manifest, as_ofs: Sequence[datetime]) -> list[
     watcher = Watcher(run, store, known, manifest, rules)
     looked = [watcher.windows(as_of) for as_of in as_ofs]
     watcher.score(*looked)
-    found = []
-    for windows in looked:
+    for as_of, windows in zip(as_ofs, looked, strict=True):
         newest = windows[-1]
         then = Window(start=newest.start - YEAR, end=newest.end - YEAR)
         reaches = manifest.covered is not None and manifest.covered.start <= then.start
         season = watcher.season(newest, watcher.profile(then)) if reaches else None
+        fresh = None
+        if rules.freshness is not None:
+            training = Windows.ending(newest.end, pack.data)
+            fresh = rehearse(run, store, manifest, training, known.snapshot, known.train)
         drifts = [watcher.drift(window) for window in windows]
-        found.append((triage(drifts, rules, season), drifts[-1]))
-    return found
+        yield Looked(as_of=as_of, triage=triage(drifts, rules, season, fresh), newest=drifts[-1], freshness=fresh)
 
 
 def alert_of(watched: Watched) -> tuple[str, dict[str, Any]] | None:

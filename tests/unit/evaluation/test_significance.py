@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evergreen.evaluation.metrics import Rows, figures, score
-from evergreen.evaluation.significance import difference, estimate, holm, intervals, p_worse, paired, settling
+from evergreen.evaluation.significance import (
+    difference,
+    estimate,
+    holm,
+    intervals,
+    jackknife,
+    p_worse,
+    paired,
+    settling,
+)
 from evergreen.pack import TASK_METRICS
 from evergreen.run import Estimate
 
@@ -116,6 +125,34 @@ def test_pairing_narrows_the_interval_of_a_difference():
     paired = difference("binary", "roc_auc", truth, better, worse, clusters=day, confidence=0.95)
     alone = intervals("binary", truth, better, day, confidence=0.95)["roc_auc"]
     assert paired.high - paired.low < (alone.high - alone.low) / 2
+
+
+def test_two_kinds_of_chance_are_both_in_the_interval():
+    """The mean of a table whose rows and columns have effects of their own: held as promised; by the rows alone it is not."""
+    rng = np.random.default_rng(19)
+    held, by_rows_alone = 0, 0
+    for _ in range(400):
+        table = rng.normal(0, 1, (14, 1)) + rng.normal(0, 0.8, (1, 5)) + rng.normal(0, 0.3, (14, 5))
+        means = [(table.sum() - table.sum(axis=1 - axis)) / (table.size - table.shape[1 - axis]) for axis in (0, 1)]
+        both = jackknife(table.mean(), means[0], 0.95, also=[means[1]])
+        alone = jackknife(table.mean(), means[0], 0.95)
+        held += both.low <= 0 <= both.high
+        by_rows_alone += alone.low <= 0 <= alone.high
+    assert held / 400 >= 0.94
+    assert by_rows_alone / 400 < 0.85
+
+
+def test_degrees_of_freedom_of_two_kinds_of_chance_are_satterthwaites():
+    """Of equal variances the freedoms add; of one that is hardly there the other's is left."""
+    without = np.array([-1.0, 0.0, 1.0, 0.0])
+    assert jackknife(0.0, without, 0.95, also=[without]).freedom == 6
+    assert jackknife(0.0, without, 0.95, also=[without * 1e-6]).freedom == 3
+    assert jackknife(0.0, without * 0, 0.95, also=[without * 0]).error == 0
+
+
+def test_where_one_kind_of_chance_is_not_known_there_is_no_interval():
+    """One column only says nothing of columns."""
+    assert jackknife(1.0, np.array([0.5, 1.5]), 0.95, also=[np.array([1.0])]).low is None
 
 
 def test_a_difference_is_the_challenger_less_the_champion():
