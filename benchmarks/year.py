@@ -216,12 +216,19 @@ def look_days(every: timedelta, until: datetime) -> Iterator[datetime]:
 
 
 def prepare(folder: Path) -> None:
-    """The pack as a live source has it: without its clock and its cron; what it says of drift and admission stays."""
+    """The pack as a live source has it: without its clock and its cron; what it says of drift and admission stays.
+
+    Its cool-down is five minutes because its clock makes five days of them.
+    """
     target = folder / "packs" / "flight_delay"
     if target.exists():
         return
     shutil.copytree(PACKS / "flight_delay", target)
     content = yaml.safe_load((target / "pack.yaml").read_text("utf-8"))
+    loaded = Pack.load(PACKS / "flight_delay")
+    assert loaded.clock is not None
+    cooldown = loaded.triggers.admission.cooldown * loaded.clock.speed
+    content["triggers"]["admission"]["cooldown"] = f"{cooldown.total_seconds():.0f}s"
     del content["clock"], content["triggers"]["schedule"]
     (target / "pack.yaml").write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
 

@@ -25,7 +25,7 @@ say anything to, may gain more or less than the stand-in does; the gate has the 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -48,6 +48,15 @@ WORDS = 250
 SEED = 0
 
 
+class Gain(NamedTuple):
+    """What the stand-in gains."""
+
+    whole: Estimate
+    """On all rows that are judged."""
+    parts: tuple[float | None, ...]
+    """On each of so many runs of their partitions, in order of time; None where it is undefined: one class, say."""
+
+
 def gain(
     before: pl.DataFrame,
     now: pl.DataFrame,
@@ -57,12 +66,14 @@ def gain(
     data: Data,
     metric: str,
     confidence: float,
+    runs: int = 1,
     independent: bool = False,
-) -> Estimate | None:
+) -> Gain | None:
     """What the stand-in gains by learning from `now` in place of `before`; None where that cannot be said.
 
-    All three hold rows with labels; `clusters` (n,) is the partition of each row of `judged`. It cannot be said where a
-    side has no column or one class, where classes differ, or where the metric is undefined on `judged`.
+    All three hold rows with labels; `clusters` (n,) is the partition of each row of `judged`, numbered in order of time,
+    which are told apart in as many `runs`, or in one each of fewer. It cannot be said where a side has no column or one
+    class, where classes differ or are too few for a part, or where the metric is undefined on `judged`.
     """
     columns = _columns(before, now, judged, data)
     tables = (before, now, judged)
@@ -97,13 +108,14 @@ def gain(
     old, new = pairs[0]
     days = without_each(new)
     by_day = metrics.figures(new, metric, days) - metrics.figures(old, metric, days)
-    found = jackknife(gains[0], by_day, confidence, also=[np.array(gains[1:])])
+    sign = metrics.direction(metric)
+    found = jackknife(sign * gains[0], sign * by_day, confidence, also=[sign * np.array(gains[1:])])
     if not math.isfinite(found.value):
         return None
-    if metrics.direction(metric) > 0:
-        return found
-    low, high = (None if bound is None else -bound for bound in (found.high, found.low))
-    return Estimate(value=-found.value, low=low, high=high)
+    runs = min(runs, new.partitions)
+    chosen = np.where(np.arange(new.partitions) * runs // new.partitions == np.arange(runs)[:, None], 1.0, 0.0)
+    by_run = sign * (metrics.figures(new, metric, chosen) - metrics.figures(old, metric, chosen))
+    return Gain(whole=found, parts=tuple(float(each) if math.isfinite(each) else None for each in by_run))
 
 
 def sampled(rows: pl.LazyFrame, share: float) -> pl.DataFrame:

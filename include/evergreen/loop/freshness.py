@@ -18,6 +18,7 @@ from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, StoreError
 from evergreen.evaluation import freshness
 from evergreen.monitoring.drift import Freshness
+from evergreen.pack import DriftRules
 from evergreen.run import Manifest, Ref, Run, Window, Windows
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ log = logging.getLogger("evergreen")
 
 
 def rehearse(
-    run: Run, store: Store, manifest: Manifest, windows: Windows, snapshot: Ref, train: Window
+    run: Run, store: Store, manifest: Manifest, windows: Windows, snapshot: Ref, train: Window, rules: DriftRules
 ) -> Freshness | None:
     """What newer rows are worth; None where the champion's are as new, no labels have come, or it cannot be said.
 
@@ -71,6 +72,7 @@ def rehearse(
             data=run.pack.data,
             metric=primary.metric,
             confidence=primary.confidence,
+            runs=rules.of,
             independent=primary.independent,
         )
     except EvaluationError as error:
@@ -78,7 +80,15 @@ def rehearse(
         return None
     if gain is None:
         return None
-    return Freshness(metric=primary.metric, gain=gain, rows=rows.height, judged=judged, before=train, now=windows.train)
+    return Freshness(
+        metric=primary.metric,
+        gain=gain.whole,
+        parts=gain.parts,
+        rows=rows.height,
+        judged=judged,
+        before=train,
+        now=windows.train,
+    )
 
 
 def _scanned(files: Sequence[Path]) -> pl.LazyFrame:

@@ -318,7 +318,7 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
         season = watcher.season(windows[-1], before[1]) if before else None
         fresh = None
         if rules.freshness is not None and ingested is not None:
-            fresh = rehearse(run, store, watcher.manifest, ingested.windows, known.snapshot, known.train)
+            fresh = rehearse(run, store, watcher.manifest, ingested.windows, known.snapshot, known.train, rules)
         found = triage(history, rules, season, fresh)
         faults = tuple(each for each in (refused, unscored) if each is not None)
         if faults:
@@ -420,7 +420,7 @@ def backwards(run: Run, manifest: Manifest, as_ofs: Sequence[datetime]) -> Itera
         fresh = None
         if rules.freshness is not None:
             training = Windows.ending(newest.end, pack.data)
-            fresh = rehearse(run, store, manifest, training, known.snapshot, known.train)
+            fresh = rehearse(run, store, manifest, training, known.snapshot, known.train, rules)
         drifts = [watcher.drift(window) for window in windows]
         yield Looked(as_of=as_of, triage=triage(drifts, rules, season, fresh), newest=drifts[-1], freshness=fresh)
 

@@ -225,6 +225,8 @@ class Freshness(Value):
     metric: str
     gain: Estimate
     """Of a stand-in, by learning from `now` in place of `before`, on the rows of `judged`."""
+    parts: tuple[float | None, ...]
+    """The same on runs of days of `judged`, in order of time, as many as the pack looks at windows; None: it is undefined."""
     rows: int
     """Of `judged`, with labels."""
     judged: Window
@@ -242,9 +244,19 @@ class Freshness(Value):
         )
 
     def exceeds(self, rules: DriftRules) -> bool:
-        """Whether it is past the pack's rule, and shown not to be chance."""
+        """Whether it is past the pack's rule, shown not to be chance, and, like any move, seen more than once."""
         past = rules.freshness is not None and self.gain.value > rules.freshness.gain
-        return past and self.gain.low is not None and self.gain.low > 0
+        shown = self.gain.low is not None and self.gain.low > 0
+        return past and shown and self._confirmed(rules)
+
+    def seen(self, rules: DriftRules) -> list[bool]:
+        """In which parts of the time it is past the rule."""
+        least = math.inf if rules.freshness is None else rules.freshness.gain
+        return [each is not None and each > least for each in self.parts]
+
+    def _confirmed(self, rules: DriftRules) -> bool:
+        seen = self.seen(rules)
+        return bool(seen) and seen[-1] and sum(seen) >= min(rules.seen, len(seen))
 
 
 class Triage(Value):
@@ -412,11 +424,17 @@ def triage(
 
 def _worth(fresh: Freshness | None, rules: DriftRules) -> tuple[list[str], list[str]]:
     """What newer rows are worth, in words: enough to train for, or not."""
-    if fresh is None:
+    if fresh is None or rules.freshness is None:
         return [], []
+    seen = fresh.seen(rules)
+    parts = (
+        f", more than {rules.freshness.gain:g} in {sum(seen)} of {len(seen)} parts of that time"
+        if len(seen) > 1
+        else ""
+    )
     if fresh.exceeds(rules):
-        return [f"newer rows would make a better model: {fresh}"], []
-    return [], [f"{fresh}: not enough to train for"]
+        return [f"newer rows would make a better model: {fresh}{parts}"], []
+    return [], [f"{fresh}{parts}: not enough to train for"]
 
 
 def _faults(history: Sequence[Drift]) -> list[Finding]:

@@ -13,6 +13,7 @@ import json
 import logging
 import netrc
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import psutil
 from evergreen.data import validation
 from evergreen.errors import EvergreenError, SettingsError
 from evergreen.keys import Note
+from evergreen.orchestration.keeper import READY_WITHIN_S
 from evergreen.pack import Pack, load
 from evergreen.settings import Settings
 from evergreen.training import jobs
@@ -39,7 +41,6 @@ from evergreen.triggers import senders
 if TYPE_CHECKING:
     import httpx
 
-READY_WITHIN_S = 120.0
 
 
 def environment(settings: Settings, given: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -324,8 +325,10 @@ def up(settings: Settings) -> Iterator[tuple[str, str]]:
         for name, service in missing.items():
             _start(settings, name, service, env, logs)
         for name, service in wanted.items():
+            _wait_until_ready(settings, name, service, logs)
             if name in missing:
-                _wait_until_ready(settings, name, service, logs)
+                for entry in _recorded(settings)[name]["processes"]:
+                    os.kill(entry["pid"], signal.SIGUSR1)  # from now on the keeper starts it again
             yield name, service.address
     except SettingsError:
         _stop(settings, missing)

@@ -32,6 +32,15 @@ class ReadyExecutor(LocalExecutor):
         _let_sqlite_tell_fractions_of_a_second()
         super().start()
 
+    def end(self) -> None:
+        """Leave at once, with the tasks that run.
+
+        Airflow's waits for them, and so would a scheduler that an error has ended, for the hours of a training, scheduling
+        nothing meanwhile. A task is tried again, and finds its job at work.
+        """
+        for worker in self.workers.values():
+            worker.kill()
+
 
 def _let_sqlite_tell_fractions_of_a_second() -> None:
     """Let `now()` in this process's queries mean now.

@@ -30,7 +30,8 @@ def rows(seed, days, slope=1.5, noise=1.0):
 
 def gain(before, now, judged, clusters, **changed):
     told = {"data": DATA, "metric": "roc_auc", "confidence": 0.95} | changed
-    return freshness.gain(before, now, judged, clusters, **told)
+    found = freshness.gain(before, now, judged, clusters, **told)
+    return found and found.whole
 
 
 def test_rows_of_a_new_truth_are_worth_a_training():
@@ -68,12 +69,28 @@ def test_the_same_rows_are_worth_nothing():
     assert (found.value, found.low, found.high) == (0, 0, 0)
 
 
+def test_the_gain_is_told_for_each_part_of_the_time():
+    """The old truth until two days before the end, the new one since: found where it is; a part of one class has none."""
+    old, day = rows(3, DAYS)
+    new = rows(4, DAYS, slope=-1.5)[0]
+    judged = pl.concat([old.filter(day < 14), new.filter(day >= 14)])
+    told = {"data": DATA, "metric": "roc_auc", "confidence": 0.95, "runs": 3}
+    found = freshness.gain(rows(1, 30)[0], rows(2, 30, slope=-1.5)[0], judged, day, **told)
+    assert [each > 0.1 for each in found.parts] == [False, False, True]
+    one_class = judged.with_columns(bought=pl.when(pl.Series(day) < 7).then(0).otherwise("bought"))
+    found = freshness.gain(rows(1, 30)[0], rows(2, 30, slope=-1.5)[0], one_class, day, **told)
+    assert [each is None for each in found.parts] == [True, False, False]
+    found = freshness.gain(rows(1, 30)[0], rows(2, 30)[0], judged, day // 11, **told)
+    assert len(found.parts) == 2
+
+
 def test_a_metric_of_which_less_is_better_gains_by_falling():
     """The sign is that of better."""
     judged, day = rows(3, DAYS, slope=-1.5)
     found = gain(rows(1, 30)[0], rows(2, 30, slope=-1.5)[0], judged, day, metric="brier")
     assert found.low > 0.1
     assert found.low < found.value < found.high
+    assert found.error > 0
 
 
 @pytest.mark.parametrize(("task", "metric"), [("regression", "rmse"), ("multiclass", "accuracy")])

@@ -476,24 +476,36 @@ def test_each_line_of_the_table(violated, given, expected):
 
 
 @pytest.mark.parametrize(
-    ("gain", "low", "violated", "expected"),
+    ("gain", "low", "parts", "violated", "expected"),
     [
-        (0.03, 0.01, (), "shift"),
-        (0.03, 0.01, (MOVED,), "shift"),  # held, by the table, and newer rows would still do better
-        (0.03, -0.01, (), "quiet"),
-        (0.009, 0.005, (), "quiet"),
-        (-0.03, -0.05, (MOVED,), "withstood"),
-        (0.03, 0.01, (finding("fault", measure="missing"),), "data fault"),
-        (0.03, None, (), "quiet"),
+        (0.03, 0.01, (0.03,) * 3, (), "shift"),
+        (0.03, 0.01, (0.03,) * 3, (MOVED,), "shift"),  # held, by the table, and newer rows would still do better
+        (0.03, -0.01, (0.03,) * 3, (), "quiet"),
+        (0.009, 0.005, (0.03,) * 3, (), "quiet"),
+        (-0.03, -0.05, (-0.03,) * 3, (MOVED,), "withstood"),
+        (0.03, 0.01, (0.03,) * 3, (finding("fault", measure="missing"),), "data fault"),
+        (0.03, None, (0.03,) * 3, (), "quiet"),
+        (0.03, 0.01, (None, 0.03, 0.03), (), "shift"),
+        (0.03, 0.01, (0.0, 0.01, 0.09), (), "quiet"),  # past the rule in one part of the time only
+        (0.03, 0.01, (0.09, 0.09, 0.0), (), "quiet"),  # and no more
+        (0.03, 0.01, (0.03,), (), "shift"),  # there is one day
     ],
 )
-def test_newer_rows_count_past_the_rule_and_past_chance(gain, low, violated, expected):
-    """Whatever else moved or did not, but for a fault; asked or not, what they are worth is told and goes with the alert."""
+def test_newer_rows_count_past_the_rule_and_past_chance(gain, low, parts, violated, expected):
+    """And in as many parts of the time as any move. Whatever else moved or did not, but for a fault; asked or not, what
+    they are worth is told and goes with the alert.
+    """
     rules = RULES.model_copy(update={"freshness": Gain(gain=0.01)})
     high = None if low is None else 2 * gain - low
     days = Window(start=START, end=START + 60 * DAY)
     fresh = Freshness(
-        metric="roc_auc", gain=Estimate(value=gain, low=low, high=high), rows=900, judged=days, before=days, now=days
+        metric="roc_auc",
+        gain=Estimate(value=gain, low=low, high=high),
+        parts=parts,
+        rows=900,
+        judged=days,
+        before=days,
+        now=days,
     )
     history = [week(number, *violated, now=0.79) for number in range(3)]
     found = triage(history, rules, None, fresh)
@@ -518,7 +530,7 @@ def test_what_moved_starts_nothing_where_newer_rows_are_worth_nothing(violated, 
     rules = RULES.model_copy(update={"freshness": Gain(gain=0.01)})
     days = Window(start=START, end=START + 60 * DAY)
     gain = Estimate(value=0.001, low=-0.01, high=0.012)
-    fresh = Freshness(metric="roc_auc", gain=gain, rows=900, judged=days, before=days, now=days)
+    fresh = Freshness(metric="roc_auc", gain=gain, parts=(0.001,), rows=900, judged=days, before=days, now=days)
     history = [week(number, *violated, **given) for number in range(3)]
     assert triage(history, rules).kind == "shift"
     assert triage(history, rules, None, fresh).kind == expected

@@ -1,58 +1,84 @@
-"""The keeper of a process: again when it ends, not when it never began, and never after it was told to stop."""
+"""The keeper of a process: again when it ends, not where it never got ready, and never after it was told to stop."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
+from tests.e2e.test_scheduler import until
 
-KEEP = "import signal, sys; from evergreen.orchestration import keeper; "
-KEEP += "signal.signal(signal.SIGTERM, keeper._tell); "
-KEEP += "sys.exit(keeper.keep(sys.argv[2:], well_after_s=float(sys.argv[1]), pause_s=0.05))"
+KEEP = "import sys; from evergreen.orchestration.keeper import Keeper; pause, well, *command = sys.argv[1:]; "
+KEEP += "sys.exit(Keeper(command, pause_s=float(pause), well_after_s=float(well)).keep())"
+READY = "import os, signal, sys, time; os.kill(os.getppid(), signal.SIGUSR1); "
+"""What whoever brings it up says once it answers."""
 
 
 @pytest.fixture
-def keep(tmp_path):
-    """Keeps a Python program, for which a life of `well_after_s` is a start that went well."""
+def keep():
+    """Keeps a Python program."""
     started = []
 
-    def start(code, *, well_after_s):
-        words = [sys.executable, "-c", KEEP, str(well_after_s), sys.executable, "-u", "-c", code]
-        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    def start(code, *, pause_s=0.05, well_after_s=3600.0, **how):
+        words = [sys.executable, "-c", KEEP, str(pause_s), str(well_after_s), sys.executable, "-u", "-c", code]
+        how = {"stdout": subprocess.PIPE} | how
+        process = subprocess.Popen(words, text=True, start_new_session=True, **how)
         started.append(process)
         return process
 
     yield start
     for process in started:
-        process.kill()
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getsid(each.pid) == process.pid:
+                    each.kill()
         process.communicate()
 
 
 def test_a_process_that_ends_is_started_again(keep):
-    """Killed or failed, and its log says so."""
-    kept = keep("import os; print('began'); os.kill(os.getpid(), 9)", well_after_s=0)
-    lines = [next(kept.stdout) for _ in range(4)]
-    assert lines[0] == lines[2] == "began\n"
-    assert "ended with -9 after 0 s; started again in 0.05 s: " in lines[1]
+    """Killed or failed, and its log says so; each time after a longer pause, for what fails for good."""
+    kept = keep(READY + "print('began'); os.kill(os.getpid(), 9)")
+    lines = [next(kept.stdout) for _ in range(6)]
+    assert lines[0] == lines[2] == lines[4] == "began\n"
+    assert ["ended with -9 after 0 s; started again in 0.05 s" in lines[1], "in 0.1 s" in lines[3]] == [True, True]
 
 
-def test_the_pause_grows_while_no_start_goes_well(keep):
-    """So that what fails for good does not keep the machine busy."""
-    once = "import os, time; first = not os.path.exists('f'); open('f', 'w'); time.sleep(0.5 * first)"
-    kept = keep(once, well_after_s=0.4)
-    assert [next(kept.stdout).split("started again in ")[1].split(" s")[0] for _ in range(3)] == ["0.05", "0.1", "0.2"]
+def test_a_life_that_was_long_starts_the_pauses_anew(keep):
+    """What failed a day ago says nothing of today."""
+    kept = keep(READY, well_after_s=0)
+    assert ["again in 0.05 s" in next(kept.stdout) for _ in range(3)] == [True] * 3
 
 
-def test_a_first_start_that_fails_is_final(keep):
+def test_what_never_got_ready_is_not_started_again(keep):
     """Whoever brought it up learns of it, with its exit code."""
-    kept = keep("print('began'); raise SystemExit(3)", well_after_s=60)
-    assert (kept.wait(timeout=60), kept.stdout.read()) == (3, "began\n")
+    kept = keep("print('began'); raise SystemExit(3)")
+    assert kept.wait(timeout=60) == 3
+    assert [line.split(" ", 1)[-1][:33] for line in kept.stdout] == ["began\n", "ended with 3 before it was ready:"]
+
+
+def test_what_a_dead_process_left_is_ended_with_it(keep):
+    """Workers wait for a killed scheduler for ever, and the child of a killed server keeps its port."""
+    kept = keep(READY + "child = os.fork() or time.sleep(600); print(child); os.kill(os.getpid(), 9)")
+    left = int(next(kept.stdout))
+    assert "started again" in next(kept.stdout)
+    until(lambda: not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_full_disk_does_not_end_the_keeper(keep, tmp_path):
+    """It cannot say that it starts it again, and does."""
+    lives = tmp_path / "lives"
+    with Path("/dev/full").open("w", encoding="ascii") as full:
+        kept = keep(READY + f"open({str(lives)!r}, 'a').write('.')", stdout=full)
+        until(lambda: lives.exists() and lives.stat().st_size >= 3)
+    assert kept.poll() is None
 
 
 def test_what_is_told_to_stop_ends_in_good_order(keep):
     """The process is asked, its exit code is the keeper's, and it is not started again."""
-    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('began'); signal.pause()"
-    kept = keep(code, well_after_s=0)
+    kept = keep(READY + "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('began'); signal.pause()")
     assert next(kept.stdout) == "began\n"
     kept.send_signal(signal.SIGTERM)
     assert (kept.wait(timeout=60), kept.stdout.read()) == (7, "")
@@ -60,7 +86,7 @@ def test_what_is_told_to_stop_ends_in_good_order(keep):
 
 def test_what_is_told_to_stop_while_nothing_runs_ends_too(keep):
     """Between two lives there is nothing to ask."""
-    kept = keep("raise SystemExit(5)", well_after_s=0)
+    kept = keep(READY + "raise SystemExit(5)", pause_s=30, well_after_s=0)
     next(kept.stdout)
     kept.send_signal(signal.SIGTERM)
-    assert kept.wait(timeout=60) == 5
+    assert kept.wait(timeout=20) == 5
