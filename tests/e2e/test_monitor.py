@@ -73,14 +73,14 @@ def test_a_week_after_its_making_the_champion_is_left_alone(settings):
 
 
 def test_a_spring_that_the_champion_has_not_seen_is_alerted(settings):
-    """By 2013-05-27 newer rows would make a better model: an alert, signed, with as-of and evidence.
+    """By 2013-07-01 newer rows would make a better model: an alert, signed, with as-of and evidence.
 
-    Three weeks before, when its predictions had moved, they would not have: that look starts nothing.
+    Eight weeks before, when its predictions had moved, they would not have: that look starts nothing.
     """
     early = watch(settings, "2013-05-06")
     assert early.kind == "withstood", early.reasons
     assert "prediction" in early.columns
-    found = watch(settings, "2013-05-27")
+    found = watch(settings, "2013-07-01")
     assert found.kind == "shift", found.reasons
     assert found.freshness is not None
     assert found.freshness.gain.low > 0
@@ -94,7 +94,7 @@ def test_a_spring_that_the_champion_has_not_seen_is_alerted(settings):
         tell(settings, found, served.url)
         tell(settings, found, served.url)
     [alert] = db.connect(settings.database_url).events(NAME, kind="alert")
-    assert (alert.body["sender"], alert.body["as_of"]) == ("monitor", "2013-05-27T00:00:00+00:00")
+    assert (alert.body["sender"], alert.body["as_of"]) == ("monitor", "2013-07-01T00:00:00+00:00")
     assert alert.body["evidence"]["freshness"]["gain"]["value"] > 0.01
     assert {each["column"] for each in alert.body["evidence"]["violated"]} >= {"temperature"}
 
@@ -117,11 +117,11 @@ def test_the_terminal_shows_a_look(settings):
 
 def test_the_terminal_looks_backwards(settings):
     """Every look of a history, with today's champion and rules: which kinds, and how often each rule would have fired."""
-    words = ("drift", NAME, "--since", "2013-04-08", "--as-of", "2013-05-27", "--every", "49d")
+    words = ("drift", NAME, "--since", "2013-04-08", "--as-of", "2013-07-01", "--every", "84d")
     found = json.loads(evergreen(settings, *words, "--json"))
-    assert [(each["as_of"][:10], each["kind"]) for each in found] == [("2013-04-08", "quiet"), ("2013-05-27", "shift")]
+    assert [(each["as_of"][:10], each["kind"]) for each in found] == [("2013-04-08", "quiet"), ("2013-07-01", "shift")]
     rehearsed = [each["freshness"] for each in found]
-    assert [each["judged"]["start"][:10] for each in rehearsed] == ["2013-03-18", "2013-05-06"]
+    assert [each["judged"]["start"][:10] for each in rehearsed] == ["2013-03-18", "2013-06-10"]
     assert rehearsed[0]["gain"]["low"] < 0 < rehearsed[1]["gain"]["low"]
     shown = evergreen(settings, *words)
     assert "2 looks" in shown

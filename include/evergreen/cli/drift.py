@@ -226,7 +226,7 @@ def _history(settings: Settings, run: Run, first: datetime) -> Manifest:
     from evergreen.work import manifest_of
 
     data, rules = run.pack.data, run.pack.triggers.drift or DriftRules()
-    reach = rules.reach if rules.freshness is None else data.whole  # what a training as of then would have read
+    reach = rules.reach if rules.freshness is None else max(rules.reach, data.whole)  # as a training then would read
     ends = [run.as_of]
     while ends[-1] - data.whole > first - reach:
         ends.append(floor(ends[-1] - data.whole, data.partition))

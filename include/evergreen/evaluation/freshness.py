@@ -25,7 +25,7 @@ say anything to, may gain more or less than the stand-in does; the gate has the 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,8 @@ ROUNDS = 60
 WORDS = 250
 """Most values of a column of words that are told apart, the most frequent ones."""
 SEED = 0
+DEALT = "evergreen dealt by"
+"""A column's name that no table has."""
 
 
 class Gain(NamedTuple):
@@ -58,8 +60,8 @@ class Gain(NamedTuple):
 
 
 def gain(
-    before: pl.DataFrame,
-    now: pl.DataFrame,
+    before: pl.LazyFrame,
+    now: pl.LazyFrame,
     judged: pl.DataFrame,
     clusters: Array,
     *,
@@ -72,14 +74,15 @@ def gain(
     """What the stand-in gains by learning from `now` in place of `before`; None where that cannot be said.
 
     All three hold rows with labels; `clusters` (n,) is the partition of each row of `judged`, numbered in order of time,
-    which are told apart in as many `runs`, or in one each of fewer. It cannot be said where a side has no column or one
-    class, where classes differ or are too few for a part, or where the metric is undefined on `judged`.
+    which are told apart in as many `runs`, or in one each of fewer. It cannot be said where the sides share no column to
+    learn from, have one class or unlike ones, or fewer than `PARTS` rows, or where the metric is undefined on `judged`.
     """
     columns = _columns(before, now, judged, data)
-    tables = (before, now, judged)
-    truths = [each[data.target].to_numpy() for each in tables]
-    if not columns or not all(len(truth) for truth in truths):
+    if not columns or not judged.height:
         return None
+    same = sorted(name for name, kind in before.collect_schema().items() if now.collect_schema().get(name) == kind)
+    tables = [_dealt(rows, same) for rows in (before, now)]
+    truths = [each[data.target].to_numpy() for each in (*tables, judged)]
     classes = None
     if data.task != "regression":
         known = [np.unique(truth) for truth in truths]
@@ -88,13 +91,13 @@ def gain(
         if len(known[2]) < 2:
             return None
         classes = known[0].tolist()
-    encoded = _encoded(tables, columns)
-    sides = [
-        _side(table.select(_hashed() % PARTS).to_series().to_numpy(), learned, truth, encoded[2], columns, data.task)
-        for table, learned, truth in zip(tables[:2], encoded[:2], truths[:2], strict=True)
-    ]
-    if not all(sides):
-        return None
+    asked, *sides_rows = _encoded((judged, *tables), columns)
+    sides = []
+    for table, learned, truth in zip(tables, sides_rows, truths, strict=False):
+        masks = [(table[DEALT] % PARTS == each).to_numpy() for each in range(PARTS)]
+        if not all(mask.any() for mask in masks):
+            return None
+        sides.append([_taught(learned[mask], truth[mask], asked, columns, data.task, classes) for mask in masks])
     if independent:
         clusters = np.arange(len(clusters)) * min(len(clusters), MOST) // len(clusters)
 
@@ -118,34 +121,39 @@ def gain(
     return Gain(whole=found, parts=tuple(float(each) if math.isfinite(each) else None for each in by_run))
 
 
-def sampled(rows: pl.LazyFrame, share: float) -> pl.DataFrame:
-    """That share of the rows, the same ones wherever they are asked for."""
-    import polars as pl
+def _dealt(rows: pl.LazyFrame, same: list[str]) -> pl.DataFrame:
+    """About `ROWS` of them, or all of fewer, with the number that each is dealt by.
 
-    if share >= 1:
-        return rows.collect()
-    return rows.filter((_hashed() // PARTS) % 1_000_000 < pl.lit(round(share * 1_000_000))).collect()
-
-
-def _hashed() -> pl.Expr:
-    """A number that follows from what is in the row: its columns of the kinds that have one meaning in every table."""
+    The number follows from what the row holds in the columns that are the `same` on both sides, and from how many such
+    rows came before it: equal rows are not all taken, or all left. A row that one side takes as one of fewer is taken by
+    the other, too, as far as that one's share goes.
+    """
     import polars as pl
     from polars import selectors
 
     kinds = selectors.numeric() | selectors.string() | selectors.boolean() | selectors.temporal()
-    return pl.struct(kinds).hash(SEED)
+    held = pl.struct(selectors.by_name(same) & kinds).hash(SEED)
+    number = pl.struct(held, pl.int_range(pl.len()).over(held).alias("again")).hash(SEED).alias(DEALT)
+    share = ROWS / max(int(rows.select(pl.len()).collect().item()), 1)
+    numbered = rows.with_columns(number)
+    if share < 1:
+        numbered = numbered.filter((pl.col(DEALT) // PARTS) % 1_000_000 < round(share * 1_000_000))
+    return numbered.collect()
 
 
-def _columns(before: pl.DataFrame, now: pl.DataFrame, judged: pl.DataFrame, data: Data) -> dict[str, bool]:
+def _columns(before: pl.LazyFrame, now: pl.LazyFrame, judged: pl.DataFrame, data: Data) -> dict[str, bool]:
     """The columns that the stand-in learns from: name → whether it holds words."""
     import polars as pl
 
     words = (pl.String, pl.Categorical, pl.Enum)
+    schemas = [before.collect_schema(), now.collect_schema(), judged.schema]
     found: dict[str, bool] = {}
-    for name in before.columns:
-        if name in (data.target, data.event_time) or name not in now.columns or name not in judged.columns:
+    if not all(data.target in schema for schema in schemas):
+        return found
+    for name in schemas[0]:
+        if name in (data.target, data.event_time) or not all(name in schema for schema in schemas):
             continue
-        kinds = [each[name].dtype for each in (before, now, judged)]
+        kinds = [schema[name] for schema in schemas]
         if all(isinstance(kind, words) for kind in kinds):
             found[name] = True
         elif all(kind.is_numeric() or kind == pl.Boolean for kind in kinds):
@@ -154,7 +162,10 @@ def _columns(before: pl.DataFrame, now: pl.DataFrame, judged: pl.DataFrame, data
 
 
 def _encoded(tables: tuple[pl.DataFrame, ...], columns: dict[str, bool]) -> list[Array]:
-    """(n, columns) float, of each table; words by their place among the most frequent, NaN for others and for none."""
+    """(n, columns) float, of each table; words by their place among the most frequent, NaN for others and for none.
+
+    What is judged is the first, and has no say in which words are frequent.
+    """
     import polars as pl
 
     ways: list[pl.Expr] = []
@@ -163,7 +174,7 @@ def _encoded(tables: tuple[pl.DataFrame, ...], columns: dict[str, bool]) -> list
             number = pl.col(name).cast(pl.Float64)
             ways.append(pl.when(number.is_finite()).then(number))
             continue
-        seen = pl.concat([each[name].cast(pl.String) for each in tables[:2]]).drop_nulls()
+        seen = pl.concat([each[name].cast(pl.String) for each in tables[1:]]).drop_nulls()
         counted = seen.value_counts().sort(["count", name], descending=[True, False])
         known = counted[name].head(WORDS).to_list()
         places = list(map(float, range(len(known))))
@@ -171,26 +182,32 @@ def _encoded(tables: tuple[pl.DataFrame, ...], columns: dict[str, bool]) -> list
     return [each.select(ways).to_numpy() for each in tables]
 
 
-def _side(part: Array, learned: Array, truth: Array, asked: Array, columns: dict[str, bool], task: str) -> list[Array]:
-    """What the learner of each part predicts for `asked`; of none, where a part has not all classes that the side has."""
-    masks = [part == each for each in range(PARTS)]
-    needed = 1 if task == "regression" else len(np.unique(truth))
-    if any(len(np.unique(truth[mask])) < needed for mask in masks):
-        return []
-    return [_taught(learned[mask], truth[mask], asked, columns, task) for mask in masks]
-
-
-def _taught(learned: Array, truth: Array, asked: Array, columns: dict[str, bool], task: str) -> Array:
-    """The stand-in's predictions for `asked`: (n,), or (n, k) of k classes."""
+def _taught(
+    learned: Array, truth: Array, asked: Array, columns: dict[str, bool], task: str, classes: list[Any] | None
+) -> Array:
+    """The stand-in's predictions for `asked`: (n,), or (n, k) of k classes, of which a part may hold only some."""
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     from threadpoolctl import threadpool_limits
 
-    learner = HistGradientBoostingRegressor if task == "regression" else HistGradientBoostingClassifier
-    with threadpool_limits(1):  # so few rows are learned from sooner by one core than by cores that wait for each other
-        model = learner(
-            max_iter=ROUNDS, categorical_features=list(columns.values()), early_stopping=False, random_state=SEED
-        ).fit(learned, truth)
-        if task == "regression":
-            return np.asarray(model.predict(asked))
-        probabilities = np.asarray(model.predict_proba(asked))
-    return probabilities[:, 1] if task == "binary" else probabilities
+    told: Any = np.isfinite(learned).any(axis=0)  # of a column that says nothing in this part, nothing can be learned
+    present = np.unique(truth) if classes else truth[:1]
+    learner = HistGradientBoostingClassifier if classes else HistGradientBoostingRegressor
+    predicted = np.zeros((len(asked), len(classes) if classes else 1))
+    if not told.any() or (classes and len(present) == 1):
+        mean = [np.mean(truth == each) for each in classes] if classes else [np.mean(truth)]
+        predicted += mean
+    else:
+        with threadpool_limits(
+            1
+        ):  # so few rows are learned from sooner by one core than by cores that wait for each other
+            model = learner(
+                max_iter=ROUNDS,
+                categorical_features=[words for words, kept in zip(columns.values(), told, strict=True) if kept],
+                early_stopping=False,
+                random_state=SEED,
+            ).fit(learned[:, told], truth)
+            if classes:
+                predicted[:, np.isin(classes, present)] = model.predict_proba(asked[:, told])
+            else:
+                predicted[:, 0] = model.predict(asked[:, told])
+    return predicted if task == "multiclass" else predicted[:, -1]

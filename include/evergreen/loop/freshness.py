@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evergreen import looks
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, StoreError
 from evergreen.evaluation import freshness
@@ -51,15 +50,13 @@ def rehearse(
     import polars as pl
 
     at = pl.col(run.pack.data.event_time)
-    sides = [
-        _scanned(files).filter(at.is_between(window.start, window.end, closed="left"))
+    before, now = (
+        _labelled(_scanned(files).filter(at.is_between(window.start, window.end, closed="left")), target)
         for files, window in ((old, train), (new, windows.train))
-    ]
-    most = max(int(rows.select(pl.len()).collect().item()) for rows in sides)
-    before, now = (_labelled(freshness.sampled(rows, freshness.ROWS / max(most, 1)), target) for rows in sides)
-    by_day = [_labelled(pl.read_parquet(file), target) for file in newest]
+    )
+    by_day = [_labelled(_scanned([file]), target).collect() for file in newest]
     by_day = [rows for rows in by_day if rows.height]
-    if not (before.height and now.height and by_day):
+    if not by_day:
         return None
     rows = pl.concat(by_day, how="diagonal_relaxed")
     clusters = np.repeat(np.arange(len(by_day)), [day.height for day in by_day])
@@ -97,6 +94,12 @@ def _scanned(files: Sequence[Path]) -> pl.LazyFrame:
     return pl.concat([pl.scan_parquet(file) for file in files], how="diagonal_relaxed")
 
 
-def _labelled(rows: pl.DataFrame, target: str) -> pl.DataFrame:
+def _labelled(rows: pl.LazyFrame, target: str) -> pl.LazyFrame:
     """The rows whose label has come; none, where the column has not."""
-    return rows.filter(looks.labelled(rows[target])) if target in rows.columns else rows.clear()
+    import polars as pl
+
+    kind = rows.collect_schema().get(target)
+    if kind is None:
+        return rows.clear()
+    label = pl.col(target)
+    return rows.filter(label.is_not_null() & label.is_not_nan() if kind.is_float() else label.is_not_null())

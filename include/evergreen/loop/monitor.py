@@ -398,7 +398,7 @@ class Looked(Value):
 
 
 def backwards(run: Run, manifest: Manifest, as_ofs: Sequence[datetime]) -> Iterator[Looked]:
-    """What the monitor would have said at each of `as_ofs`, with today's champion and rules.
+    """What the monitor would say of each of `as_ofs`, with today's champion, rules, and labels.
 
     `manifest` holds their windows, and where newer rows are to be rehearsed, those that trainings as of then would have
     had. Raises RegistryError where there is no champion to compare with.
@@ -419,7 +419,8 @@ def backwards(run: Run, manifest: Manifest, as_ofs: Sequence[datetime]) -> Itera
         season = watcher.season(newest, watcher.profile(then)) if reaches else None
         fresh = None
         if rules.freshness is not None:
-            training = Windows.ending(newest.end, pack.data)
+            end = newest.end if manifest.covered is None else min(newest.end, manifest.covered.end)
+            training = Windows.ending(end, pack.data)
             fresh = rehearse(run, store, manifest, training, known.snapshot, known.train, rules)
         drifts = [watcher.drift(window) for window in windows]
         yield Looked(as_of=as_of, triage=triage(drifts, rules, season, fresh), newest=drifts[-1], freshness=fresh)

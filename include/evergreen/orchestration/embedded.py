@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     import httpx
 
 
-
 def environment(settings: Settings, given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Airflow's variables for this home; what is given already, in this process's environment, wins."""
     home = settings.home / "airflow"

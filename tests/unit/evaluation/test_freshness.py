@@ -30,7 +30,7 @@ def rows(seed, days, slope=1.5, noise=1.0):
 
 def gain(before, now, judged, clusters, **changed):
     told = {"data": DATA, "metric": "roc_auc", "confidence": 0.95} | changed
-    found = freshness.gain(before, now, judged, clusters, **told)
+    found = freshness.gain(before.lazy(), now.lazy(), judged, clusters, **told)
     return found and found.whole
 
 
@@ -74,14 +74,16 @@ def test_the_gain_is_told_for_each_part_of_the_time():
     old, day = rows(3, DAYS)
     new = rows(4, DAYS, slope=-1.5)[0]
     judged = pl.concat([old.filter(day < 14), new.filter(day >= 14)])
-    told = {"data": DATA, "metric": "roc_auc", "confidence": 0.95, "runs": 3}
-    found = freshness.gain(rows(1, 30)[0], rows(2, 30, slope=-1.5)[0], judged, day, **told)
-    assert [each > 0.1 for each in found.parts] == [False, False, True]
+
+    def parts(before, now, judged, clusters):
+        told = {"data": DATA, "metric": "roc_auc", "confidence": 0.95, "runs": 3}
+        return freshness.gain(before.lazy(), now.lazy(), judged, clusters, **told).parts
+
+    before, now = rows(1, 30)[0], rows(2, 30, slope=-1.5)[0]
+    assert [each > 0.1 for each in parts(before, now, judged, day)] == [False, False, True]
     one_class = judged.with_columns(bought=pl.when(pl.Series(day) < 7).then(0).otherwise("bought"))
-    found = freshness.gain(rows(1, 30)[0], rows(2, 30, slope=-1.5)[0], one_class, day, **told)
-    assert [each is None for each in found.parts] == [True, False, False]
-    found = freshness.gain(rows(1, 30)[0], rows(2, 30)[0], judged, day // 11, **told)
-    assert len(found.parts) == 2
+    assert [each is None for each in parts(before, now, one_class, day)] == [True, False, False]
+    assert len(parts(before, now, judged, day // 11)) == 2
 
 
 def test_a_metric_of_which_less_is_better_gains_by_falling():
@@ -129,12 +131,43 @@ def test_what_cannot_be_said_is_not(broken):
     assert gain(before, now, judged, day) is None
 
 
+@pytest.mark.parametrize("sparse", ["number", "class", "rare"])
+def test_what_a_part_does_not_hold_it_does_not_need(sparse):
+    """A column with values in a few rows, one that is new, a class or a positive of which there are four: it can be said."""
+    before, now, (judged, day) = rows(1, 10)[0], rows(2, 10)[0], rows(3, DAYS)
+    told = {}
+    if sparse == "number":
+        few = pl.when(pl.int_range(pl.len()) % 400 == 7).then(pl.lit(1.0))
+        before, now, judged = (
+            each.with_columns(few=few, none=pl.lit(None, pl.Float64)) for each in (before, now, judged)
+        )
+        now = now.with_columns(none=pl.lit(2.0))
+    else:
+        first = pl.int_range(pl.len()) < 4
+        label = pl.when(first).then(2).otherwise("bought") if sparse == "class" else first.cast(pl.Int64)
+        before, now, judged = (each.with_columns(bought=label) for each in (before, now, judged))
+        told = (
+            {"data": DATA.model_copy(update={"task": "multiclass"}), "metric": "accuracy"} if sparse == "class" else {}
+        )
+    assert gain(before, now, judged, day, **told) is not None
+
+
+def test_a_side_with_few_rows_learns_from_all_of_them():
+    """A history that grows: of one truth, the longer one is worth what more rows are worth, and no more."""
+    before, after = rows(1, 20)[0], rows(2, 1000)[0]
+    found = gain(before, after, *rows(3, DAYS))
+    assert abs(found.value) < 0.01
+
+
 def test_many_rows_are_sampled_over_their_whole_time():
-    """That share of them, from the first to the last, and one that is taken here is taken there."""
+    """About so many, from the first to the last; what one side takes the other takes too; equal rows are not all one."""
     many = pl.LazyFrame({"n": range(90_000)})
-    found = freshness.sampled(many, 1 / 3)["n"]
+    found = freshness._dealt(many, ["n"])["n"]
     assert 29_000 < len(found) < 31_000
     assert (found[0] < 20, found[-1] > 89_980) == (True, True)
-    later = freshness.sampled(many.filter(pl.col("n") >= 30_000), 1 / 3)["n"]
-    assert later.to_list() == [n for n in found if n >= 30_000]
-    assert len(freshness.sampled(many, 1.5)) == 90_000
+    fewer = freshness._dealt(many.filter(pl.col("n") >= 30_000), ["n"])["n"]
+    assert {n for n in found if n >= 30_000} <= set(fewer)
+    alike = freshness._dealt(pl.LazyFrame({"n": [1] * 60_000 + [2] * 30_000}), ["n"])
+    assert 29_000 < alike.height < 31_000
+    parts = (alike[freshness.DEALT] % freshness.PARTS).value_counts()["count"]
+    assert 5_500 < parts.min() <= parts.max() < 6_500

@@ -492,8 +492,9 @@ def test_each_line_of_the_table(violated, given, expected):
     ],
 )
 def test_newer_rows_count_past_the_rule_and_past_chance(gain, low, parts, violated, expected):
-    """And in as many parts of the time as any move. Whatever else moved or did not, but for a fault; asked or not, what
-    they are worth is told and goes with the alert.
+    """And in as many parts of the time as any move; whatever else moved or did not, but for a fault.
+
+    Asked or not, what they are worth is told and goes with the alert.
     """
     rules = RULES.model_copy(update={"freshness": Gain(gain=0.01)})
     high = None if low is None else 2 * gain - low
