@@ -98,13 +98,12 @@ def gain(
         if not all(mask.any() for mask in masks):
             return None
         sides.append([_taught(learned[mask], truth[mask], asked, columns, data.task, classes) for mask in masks])
-    if independent:
-        clusters = np.arange(len(clusters)) * min(len(clusters), MOST) // len(clusters)
 
     def by(side: list[Array], without_part: int | None = None) -> Rows:
         """What the mean of a side's learners predicts, the one of a part left out."""
         kept = [predicted for k, predicted in enumerate(side) if k != without_part]
-        return Rows.of(data.task, truths[2], np.mean(kept, axis=0), clusters, classes)
+        rows = Rows.of(data.task, truths[2], np.mean(kept, axis=0), clusters, classes)
+        return rows.apart(MOST) if independent else rows
 
     pairs = [[by(side, without_part) for side in sides] for without_part in (None, *range(PARTS))]
     gains = [metrics.value(new, metric) - metrics.value(old, metric) for old, new in pairs]

@@ -57,3 +57,20 @@ def test_now_is_not_the_last_whole_second_on_sqlite(seen):
     assert any(not now.endswith(".000000") for now in seen["now"])
     assert seen["passed"]
     assert seen["now"][0][:13] <= seen["utc"][:13]
+
+
+END = """
+import multiprocessing, time
+from evergreen.orchestration.executor import ReadyExecutor
+executor = ReadyExecutor(parallelism=1)
+busy = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
+busy.start()
+executor.workers = {busy.pid: busy}
+executor.end()
+"""
+
+
+def test_a_scheduler_that_ends_does_not_wait_for_its_tasks(tmp_path):
+    """Else an error of its own would stop all scheduling until the longest training is done."""
+    env = {**os.environ, "AIRFLOW_HOME": str(tmp_path / "airflow"), "EVERGREEN_HOME": str(tmp_path / "home")}
+    subprocess.run([sys.executable, "-c", END], env=env, timeout=60, check=True)
