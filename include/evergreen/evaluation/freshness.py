@@ -46,8 +46,8 @@ ROUNDS = 60
 WORDS = 250
 """Most values of a column of words that are told apart, the most frequent ones."""
 SEED = 0
-DEALT = "evergreen dealt by"
-"""A column's name that no table has."""
+DEALT, PLACE = "evergreen dealt by", "evergreen place"
+"""Names of columns that no table has."""
 
 
 class Gain(NamedTuple):
@@ -77,10 +77,9 @@ def gain(
     which are told apart in as many `runs`, or in one each of fewer. It cannot be said where the sides share no column to
     learn from, have one class or unlike ones, or fewer than `PARTS` rows, or where the metric is undefined on `judged`.
     """
-    columns = _columns(before, now, judged, data)
-    if not columns or not judged.height:
+    columns, same = _columns(before, now, judged, data), _same(before, now)
+    if not columns or not same or not judged.height:
         return None
-    same = sorted(name for name, kind in before.collect_schema().items() if now.collect_schema().get(name) == kind)
     tables = [_dealt(rows, same) for rows in (before, now)]
     truths = [each[data.target].to_numpy() for each in (*tables, judged)]
     classes = None
@@ -128,16 +127,29 @@ def _dealt(rows: pl.LazyFrame, same: list[str]) -> pl.DataFrame:
     the other, too, as far as that one's share goes.
     """
     import polars as pl
-    from polars import selectors
 
-    kinds = selectors.numeric() | selectors.string() | selectors.boolean() | selectors.temporal()
-    held = pl.struct(selectors.by_name(same) & kinds).hash(SEED)
-    number = pl.struct(held, pl.int_range(pl.len()).over(held).alias("again")).hash(SEED).alias(DEALT)
-    share = ROWS / max(int(rows.select(pl.len()).collect().item()), 1)
-    numbered = rows.with_columns(number)
-    if share < 1:
-        numbered = numbered.filter((pl.col(DEALT) // PARTS) % 1_000_000 < round(share * 1_000_000))
-    return numbered.collect()
+    # Of a large table only these numbers and the rows that are taken are ever in memory.
+    held = rows.select(pl.struct(same).hash(SEED).alias("held")).collect(engine="streaming")
+    again = pl.int_range(pl.len()).over("held").alias("again")
+    numbers = held.select(pl.struct("held", again).hash(SEED).alias(DEALT)).to_series()
+    if held.height <= ROWS:
+        return rows.collect().with_columns(numbers)
+    taken = (numbers // PARTS % 1_000_000 < round(1_000_000 * ROWS / held.height)).arg_true()
+    chosen = rows.with_row_index(PLACE).filter(pl.col(PLACE).is_in(taken.implode()))
+    return chosen.collect(engine="streaming").drop(PLACE).with_columns(numbers.gather(taken))
+
+
+def _same(before: pl.LazyFrame, now: pl.LazyFrame) -> list[str]:
+    """The columns of one kind on both sides that a row can be told by."""
+    import polars as pl
+
+    plain = (pl.String, pl.Boolean)
+    kinds, others = before.collect_schema(), now.collect_schema()
+    return [
+        name
+        for name, kind in kinds.items()
+        if others.get(name) == kind and (kind.is_numeric() or kind.is_temporal() or kind in plain)
+    ]
 
 
 def _columns(before: pl.LazyFrame, now: pl.LazyFrame, judged: pl.DataFrame, data: Data) -> dict[str, bool]:
@@ -196,9 +208,8 @@ def _taught(
         mean = [np.mean(truth == each) for each in classes] if classes else [np.mean(truth)]
         predicted += mean
     else:
-        with threadpool_limits(
-            1
-        ):  # so few rows are learned from sooner by one core than by cores that wait for each other
+        # So few rows are learned from sooner by one core than by cores that wait for each other.
+        with threadpool_limits(1):
             model = learner(
                 max_iter=ROUNDS,
                 categorical_features=[words for words, kept in zip(columns.values(), told, strict=True) if kept],

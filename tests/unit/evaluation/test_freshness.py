@@ -63,9 +63,10 @@ def test_where_nothing_changed_it_is_seldom_shown(shared):
 
 
 def test_the_same_rows_are_worth_nothing():
-    """In whatever order: not a hair more or less."""
+    """In whatever order, of rows and of columns, and with a column that is new: not a hair more or less."""
     before = rows(1, 30)[0]
-    found = gain(before, before.sample(fraction=1, shuffle=True, seed=5), *rows(2, DAYS))
+    now = before.sample(fraction=1, shuffle=True, seed=5).with_columns(new=pl.lit("x"))
+    found = gain(before, now.select(reversed(now.columns)), *rows(2, DAYS))
     assert (found.value, found.low, found.high) == (0, 0, 0)
 
 
