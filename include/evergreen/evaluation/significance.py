@@ -209,8 +209,8 @@ def jackknife(
     """θ ± t(G - 1) · se, as the module says; no bounds where there is no se.
 
     `also`: where θ would be another for further reasons, independent of the first, its figures without each part of
-    theirs. The variances add, se² = Σ seᵢ², and t has se⁴ / Σ (seᵢ⁴ / (Gᵢ - 1)) degrees of freedom, rounded down (Satterthwaite, "An
-    approximate distribution of estimates of variance components", Biometrics Bulletin 2(6), 1946).
+    theirs. The variances add, se² = Σ seᵢ², and t has se⁴ / Σ (seᵢ⁴ / (Gᵢ - 1)) degrees of freedom, rounded down
+    (Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics Bulletin 2(6), 1946).
     """
     errors = [(standard_error(whole, each), len(each) - 1) for each in (without, *also)]
     known = [(error**2, freedom) for error, freedom in errors if error is not None]

@@ -225,8 +225,11 @@ class Freshness(Value):
     metric: str
     gain: Estimate
     """Of a stand-in, by learning from `now` in place of `before`, on the rows of `judged`."""
-    parts: tuple[float | None, ...]
-    """The same on runs of days of `judged`, in order of time, as many as the pack looks at windows; None: it is undefined."""
+    parts: tuple[float | None, ...] = ()
+    """The same on runs of days of `judged`, in order of time, as many as the pack looks at windows; None: it is undefined.
+
+    Of a look that was taken before it was asked, none.
+    """
     rows: int
     """Of `judged`, with labels."""
     judged: Window

@@ -100,7 +100,10 @@ def _rules(rules: DriftRules) -> str:
 def _freshness(rules: DriftRules) -> str:
     if rules.freshness is None:
         return ""
-    return f"Newer rows count where a stand-in gains more than {rules.freshness.gain:g} by them, not by chance, and in so many parts of the time since. "
+    return (
+        f"Newer rows count where a stand-in gains more than {rules.freshness.gain:g} by them, not by chance, and in "
+        f"{rules.violated} parts of the time since. "
+    )
 
 
 def _timeline(shown: Sequence[Drift], history: Sequence[Drift], found: Triage, rules: DriftRules) -> str:

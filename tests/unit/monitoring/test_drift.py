@@ -489,6 +489,7 @@ def test_each_line_of_the_table(violated, given, expected):
         (0.03, 0.01, (0.0, 0.01, 0.09), (), "quiet"),  # past the rule in one part of the time only
         (0.03, 0.01, (0.09, 0.09, 0.0), (), "quiet"),  # and no more
         (0.03, 0.01, (0.03,), (), "shift"),  # there is one day
+        (0.03, 0.01, (), (), "quiet"),  # written down before the parts were asked for
     ],
 )
 def test_newer_rows_count_past_the_rule_and_past_chance(gain, low, parts, violated, expected):
