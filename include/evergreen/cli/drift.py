@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -278,12 +279,11 @@ def _show_backwards(pack: Pack, found: list[Looked]) -> None:
     console.print(table)
     fired = plain_table("rule", "measure", "fired in", "median", "largest")
     for (column, measure), values in sorted(rules.items(), key=lambda each: -len(each[1])):
-        ordered = sorted(values)
         fired.add_row(
             escape(column),
             measure,
             f"{len(values)} ({len(values) / len(found):.0%})",
-            f"{ordered[len(ordered) // 2]:.3g}",
-            f"{ordered[-1]:.3g}",
+            f"{median(values):.3g}",
+            f"{max(values):.3g}",
         )
     console.print(fired if rules else "no rule would have fired")
