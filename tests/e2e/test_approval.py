@@ -4,6 +4,10 @@ And what a person can ask of the same home: the way back.
 """
 
 import json
+import os
+import signal
+import sqlite3
+from contextlib import closing
 from functools import cached_property
 
 import pytest
@@ -87,8 +91,31 @@ class Asking(Home):
         answer = self.airflow.get(path)
         return answer.json()["state"] if answer.is_success else None
 
+    def kill(self, approval, task):
+        """The process of the task, at work."""
+        path = f"/api/v2/dags/{PACK}__approval/dagRuns/{approval}/taskInstances/{task}"
+        found = until(lambda: (now := self.get(path))["state"] == "running" and now["pid"] and now)
+        os.kill(found["pid"], signal.SIGKILL)
+
+    def pause(self, paused):
+        """The approval DAG, whose tasks then stay where they are."""
+        answer = self.airflow.patch(f"/api/v2/dags/{PACK}__approval", json={"is_paused": paused})
+        assert answer.is_success, answer.text
+
+    def fail(self, approval, task):
+        """The try of a task that has heard its answer and has not gone on yet, as a scheduler would that lost it."""
+        with closing(sqlite3.connect(self.folder / "home" / "airflow" / "airflow.db", timeout=60)) as airflow, airflow:
+            changed = airflow.execute(
+                "UPDATE task_instance SET state = 'up_for_retry', end_date = STRFTIME('%Y-%m-%d %H:%M:%f000', 'now'),"
+                " next_method = NULL, next_kwargs = NULL WHERE run_id = ? AND task_id = ? AND state = 'scheduled'",
+                (approval, task),
+            )
+            assert changed.rowcount == 1
+
     def waits(self, approval):
-        return until(lambda: self.state(approval, "ask") == "deferred", PATIENCE_S)
+        """Until the task sleeps and its page has a question."""
+        asked = f"/api/v2/dags/{PACK}__approval/dagRuns/{approval}/hitlDetails"
+        until(lambda: self.state(approval, "ask") == "deferred" and self.get(asked)["hitl_details"], PATIENCE_S)
 
     def ended(self, approval):
         return until(lambda: (state := self.state(approval)) in ("success", "failed") and state, PATIENCE_S)
@@ -137,6 +164,27 @@ class Page(Browser):
         return self.value(f"{answers}.map(each => !each.disabled)")
 
 
+def superseded(home, page, prepared):
+    """A question whose first process is killed, and which is open when a newer challenger comes."""
+    home.write(number=3)
+    overtaken = home.ask(prepared)
+    home.kill(overtaken, "ask")
+    home.waits(overtaken)
+    page.show(home, overtaken, f"{PACK} version 3: promote")
+    home.write(number=4)
+    conf = {"as_of": f"{TODAY:%Y-%m-%d}", "reason": "a newer one"}
+    asked = home.airflow.post(f"/api/v2/dags/{PACK}__train/dagRuns", json={"logical_date": None, "conf": conf})
+    ended = home.ended(overtaken)
+    page.show(home, overtaken, f"{PACK} version 3: promote")
+    return {
+        "newest": asked.json()["dag_run_id"],
+        "overtaken": ended,
+        "overtaken ask": home.state(overtaken, "ask"),
+        "overtaken comment": page.until("document.querySelector('textarea')?.value"),
+        "overtaken buttons": page.buttons(),
+    }
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     """All that happens, once; the tests below say what came of it."""
@@ -167,24 +215,16 @@ def story(tmp_path_factory):
         page.show(home, timed_out, f"{PACK} version 2: promote")
         told["timed out buttons"] = page.buttons()
 
-        home.write(number=3)
-        overtaken = home.ask(third)
-        home.waits(overtaken)
-        page.show(home, overtaken, f"{PACK} version 3: promote")
-        home.write(number=4)
-        conf = {"as_of": f"{TODAY:%Y-%m-%d}", "reason": "a newer one"}
-        asked = home.airflow.post(f"/api/v2/dags/{PACK}__train/dagRuns", json={"logical_date": None, "conf": conf})
-        told["newest"] = asked.json()["dag_run_id"]
-        told["overtaken"] = home.ended(overtaken)
-        told["overtaken ask"] = home.state(overtaken, "ask")
-        page.show(home, overtaken, f"{PACK} version 3: promote")
-        told["overtaken comment"] = page.until("document.querySelector('textarea')?.value")
-        told["overtaken buttons"] = page.buttons()
+        told |= superseded(home, page, third)
 
         promoted = approval_of(4, told["newest"])
         home.waits(promoted)
         page.show(home, promoted, f"{PACK} version 4: promote")
+        home.pause(True)
         page.answer("promote", "it is fresher")
+        until(lambda: home.state(promoted, "ask") == "scheduled")
+        home.fail(promoted, "ask")
+        home.pause(False)
         told["promoted"] = home.ended(promoted)
         until(lambda: home.dag_runs(PACK)[0]["state"] == "success")
         page.close()
@@ -230,7 +270,10 @@ def test_nobody_answers_in_time(story):
 
 
 def test_a_newer_challenger_supersedes(story):
-    """The older question ends at once, skipped, and its page says which version is newer."""
+    """The older question ends at once, skipped, and its page says which version is newer.
+
+    Though the process that was to ask it was killed before it had: the next try did.
+    """
     _, ended = story["home"].events("run 3")
     assert (story["overtaken"], story["overtaken ask"]) == ("success", "skipped")
     assert story["overtaken comment"] == "superseded: version 4 is newer, and waits for approval"
@@ -240,7 +283,10 @@ def test_a_newer_challenger_supersedes(story):
 
 
 def test_a_person_promotes_what_the_training_dag_asked_for(story):
-    """The training run ends while the question is open; the answer makes the version champion, alias and events alike."""
+    """The training run ends while the question is open; the answer makes the version champion, alias and events alike.
+
+    Even where Airflow fails the try of the task that was answered, and starts another: nobody is asked twice.
+    """
     home = story["home"]
     _, answered = home.events(story["newest"])
     assert story["promoted"] == "success"

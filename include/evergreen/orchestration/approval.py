@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 from airflow.providers.standard.operators.hitl import HITLOperator
@@ -13,6 +14,7 @@ from airflow.sdk.exceptions import (
     AirflowSkipException,
     DagRunTriggerException,
     TaskAwaitingInput,
+    TaskDeferred,
 )
 
 from evergreen.orchestration.tasks import within_airflow
@@ -90,30 +92,43 @@ class Ask(HITLOperator):
     def execute(self, context: Any) -> None:
         from evergreen.loop import approval
 
-        settings, run = Settings.from_env(), context["params"]["run"]
-        if why := approval.overtaken(settings, self.pack, run):
+        if why := approval.overtaken(Settings.from_env(), self.pack, context["params"]["run"]):
             raise AirflowSkipException(why)
-        self.subject, self.body = approval.question(settings, self.pack, run, within_airflow("/evergreen"))
-        try:
+        task = context["task_instance"]
+        if task.try_number == task.max_tries - self.retries + 1:
+            self._ask(context)
+        else:  # the try that failed may have been answered, and to ask again would wipe the answer out
+            self._wait(context)
+
+    def _ask(self, context: Any) -> NoReturn:
+        from evergreen.loop import approval
+
+        self.subject, self.body = approval.question(
+            Settings.from_env(), self.pack, context["params"]["run"], within_airflow("/evergreen")
+        )
+        with suppress(TaskAwaitingInput):  # parked like that, a task hears of a person and of the time-out alone
             super().execute(context)
-        except TaskAwaitingInput as waits:
-            # Parked like that, a task hears of a person and of the time-out, and of nothing else.
-            self.defer(
-                trigger=AnswerBell(
-                    pack=self.pack,
-                    run=run,
-                    ti_id=context["task_instance"].id,
-                    options=self.options,
-                    defaults=self.defaults,
-                    params=self.serialized_params,
-                    timeout_datetime=context["task_instance"].start_date + waits.timeout,
-                ),
-                method_name="execute_complete",
-            )
+        self._wait(context)
+
+    def _wait(self, context: Any) -> NoReturn:
+        raise TaskDeferred(
+            trigger=AnswerBell(
+                pack=self.pack,
+                run=context["params"]["run"],
+                ti_id=context["task_instance"].id,
+                options=self.options,
+                defaults=self.defaults,
+                params=self.serialized_params,
+                timeout_datetime=context["task_instance"].start_date + self.response_timeout,
+            ),
+            method_name="execute_complete",
+        )
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> dict[str, str | None]:
         if why := event.get("overtaken"):
             raise AirflowSkipException(why)
+        if event.get("unasked"):
+            self._ask(context)
         heard = super().execute_complete(context, event)
         person = heard["responded_by_user"]
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import Any
 
 from airflow.executors.local_executor import LocalExecutor
@@ -12,6 +13,10 @@ from sqlalchemy.sql.functions import now
 
 class ReadyExecutor(LocalExecutor):
     """Every task's process is a fork of the scheduler's: what is imported there once, no task imports again."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._sent: Counter[Any] = Counter()
 
     def start(self) -> None:
         """Import what tasks need of other packages, then start the workers.
@@ -31,6 +36,23 @@ class ReadyExecutor(LocalExecutor):
             del sys.modules[name]
         _let_sqlite_tell_fractions_of_a_second()
         super().start()
+
+    def _process_workloads(self, workload_list: Any) -> None:
+        self._sent.update(workload.key for workload in workload_list)
+        super()._process_workloads(workload_list)
+
+    def change_state(self, key: Any, state: Any, info: Any = None, remove_running: bool = True) -> None:
+        """Report what became of a workload, unless the same try has been sent out once more since.
+
+        A task that slept may be woken before the process that put it to sleep has left, which takes that up to five
+        seconds. The scheduler would read the end of the old process as that of the new one, and fail the try.
+        """
+        if remove_running and self._sent[key] > 1:
+            self._sent[key] -= 1
+            return
+        if remove_running:
+            del self._sent[key]
+        super().change_state(key, state, info, remove_running)
 
     def end(self) -> None:
         """Leave at once, with the tasks that run.

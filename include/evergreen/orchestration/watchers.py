@@ -6,9 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any
 
 from airflow.providers.standard.triggers.hitl import HITLTrigger, update_hitl_detail_response
+from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.triggers.base import BaseEventTrigger, TriggerEvent
 
 from evergreen import database as db
@@ -68,7 +70,8 @@ def _due() -> dict[str, int]:
 class AnswerBell(HITLTrigger):
     """Waits for a person, the time-out, or the end of what the question is about: whichever comes first.
 
-    An answer on Airflow's page resumes the task by itself; one that came before the task slept is found here.
+    An answer on Airflow's page resumes the task by itself; one that came before the task slept, or to a try of it that
+    then failed, is found here.
     """
 
     def __init__(self, *, pack: str, run: str, **more: Any) -> None:
@@ -87,10 +90,16 @@ class AnswerBell(HITLTrigger):
                 await asyncio.to_thread(self._show, *ended)
                 yield TriggerEvent({"overtaken": ended[0]})
                 return
-            if self.timeout_datetime and self.timeout_datetime < datetime.now(UTC):
-                yield await self._handle_timeout()
-                return
-            if (event := await self._handle_response()) is not None:
+            try:
+                if self.timeout_datetime and self.timeout_datetime < datetime.now(UTC):
+                    event = await self._handle_timeout()
+                else:
+                    event = await self._handle_response()
+            except AirflowRuntimeError as error:
+                if (error.error.detail or {}).get("status_code") != HTTPStatus.NOT_FOUND:
+                    raise
+                event = TriggerEvent({"unasked": True})  # the try before failed before it could ask
+            if event is not None:
                 yield event
                 return
             await asyncio.sleep(ANSWER_POLL_S)

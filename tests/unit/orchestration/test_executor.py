@@ -74,3 +74,59 @@ def test_a_scheduler_that_ends_does_not_wait_for_its_tasks(tmp_path):
     """Else an error of its own would stop all scheduling until the longest training is done."""
     env = {**os.environ, "AIRFLOW_HOME": str(tmp_path / "airflow"), "EVERGREEN_HOME": str(tmp_path / "home")}
     subprocess.run([sys.executable, "-c", END], env=env, timeout=60, check=True)
+
+
+TWICE = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from airflow.executors.base_executor import BaseExecutor
+from airflow.models.taskinstancekey import TaskInstanceKey
+from evergreen.orchestration.executor import ReadyExecutor
+
+folder = Path(sys.argv[1])
+asleep, other = (TaskInstanceKey("dag", task, "run", 1) for task in ("asleep", "other"))
+
+def run(workload, **_):
+    while workload.until and not (folder / workload.until).exists():
+        time.sleep(0.01)
+
+def send(key, until=None):
+    workload = SimpleNamespace(
+        key=key, until=until, display_name="", running_state=None, success_state="success", failure_state="failed"
+    )
+    executor.queued_tasks[key] = workload
+    executor._process_workloads([workload])
+
+def heard(key):
+    while key not in executor.event_buffer:
+        executor.sync()
+        time.sleep(0.01)
+    return executor.event_buffer.pop(key)[0]
+
+BaseExecutor.run_workload = staticmethod(run)
+executor = ReadyExecutor(parallelism=2)
+executor.start()
+try:
+    send(asleep, "old has left")
+    send(asleep, "new is done")
+    send(other)  # for the first worker that is free: what it says comes after what the old process said
+    (folder / "old has left").touch()
+    assert heard(other) == "success"
+    assert asleep not in executor.event_buffer, "the end of the old process is taken for that of the new one"
+    (folder / "new is done").touch()
+    assert heard(asleep) == "success"
+    send(asleep)
+    assert heard(asleep) == "success"
+finally:
+    executor.end()
+"""
+
+
+def test_a_task_woken_before_its_old_process_has_left_is_not_failed(tmp_path):
+    """The scheduler hears of a try that was sent out twice when the second process has ended, and of that alone."""
+    env = {**os.environ, "AIRFLOW_HOME": str(tmp_path / "airflow"), "EVERGREEN_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, str(tmp_path)], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
