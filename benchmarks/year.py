@@ -1,4 +1,7 @@
-"""A real year: 2013's flights, look by look, through monitor, admission and chain, beside what a timetable would do.
+"""A real year, look by look, through monitor, admission and chain, beside what a timetable would do.
+
+The packs: `flight_delay`, 2013's flights, on which `freshness` was built; and `wind`, 2013's weather reports, on which
+nothing was, with a twelfth of the rows.
 
 As of 2013-04-01 every policy trains its first champion, and from then on the pack is looked at every `--every` days:
 
@@ -15,7 +18,7 @@ the same --folder, it goes on.
 
 Goal: Evergreen's mean not below the monthly timetable's, with fewer trainings.
 
-    python benchmarks/year.py [--every 7] [--folder FOLDER] [--until 2013-12-24]
+    python benchmarks/year.py [--pack flight_delay] [--every 7] [--folder FOLDER] [--until 2013-12-24]
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ from evergreen.triggers import inbox
 from evergreen.triggers.inbox import NewAlert
 from evergreen.work import manifest_of
 
-PACKS = Path(__file__).resolve().parents[1] / "include" / "packs"
+HERE = Path(__file__).resolve().parent
+PACKS = {"flight_delay": HERE.parent / "include" / "packs", "wind": HERE / "packs"}
 FIRST = datetime(2013, 4, 1, tzinfo=UTC)
 SHARED = ("validate", "train", "evaluate")
 """Stages whose work one policy looks up in another's home."""
@@ -85,6 +89,7 @@ class Policy:
     name: str
     folder: Path
     every: timedelta
+    pack_name: str
     trained: list[datetime] = field(default_factory=list)
     promoted: list[datetime] = field(default_factory=list)
     champions: dict[datetime, str] = field(default_factory=dict)
@@ -98,7 +103,7 @@ class Policy:
         found = Settings.from_env({"EVERGREEN_HOME": str(self.folder / self.name)})
         shared = {name: self.folder / name for name in ("packs", "cache", "jobs")}
         self.settings = found.model_copy(update={**shared, "data_remote": str(self.folder / "remote")})
-        self.pack = Pack.load(self.settings.packs / "flight_delay")
+        self.pack = Pack.load(self.settings.packs / self.pack_name)
         self.database = database.connect(self.settings.database_url)
 
     def learn_of(self, other: Policy) -> None:
@@ -215,21 +220,21 @@ def look_days(every: timedelta, until: datetime) -> Iterator[datetime]:
         at += every
 
 
-def prepare(folder: Path) -> None:
-    """The pack as a live source has it: without its clock and its cron; what it says of drift and admission stays.
+def prepare(folder: Path, name: str) -> None:
+    """The pack as a live source has it: without a clock and a cron; what it says of drift and admission stays.
 
-    Its cool-down is five minutes because its clock makes five days of them.
+    The cool-down of `flight_delay` is five minutes because its clock makes five days of them.
     """
-    target = folder / "packs" / "flight_delay"
+    source, target = PACKS[name] / name, folder / "packs" / name
     if target.exists():
         return
-    shutil.copytree(PACKS / "flight_delay", target)
+    shutil.copytree(source, target)
     content = yaml.safe_load((target / "pack.yaml").read_text("utf-8"))
-    loaded = Pack.load(PACKS / "flight_delay")
-    assert loaded.clock is not None
-    cooldown = loaded.triggers.admission.cooldown * loaded.clock.speed
-    content["triggers"]["admission"]["cooldown"] = f"{cooldown.total_seconds():.0f}s"
-    del content["clock"], content["triggers"]["schedule"]
+    loaded = Pack.load(source)
+    if loaded.clock is not None:
+        cooldown = loaded.triggers.admission.cooldown * loaded.clock.speed
+        content["triggers"]["admission"]["cooldown"] = f"{cooldown.total_seconds():.0f}s"
+        del content["clock"], content["triggers"]["schedule"]
     (target / "pack.yaml").write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
 
 
@@ -252,6 +257,7 @@ def all_partitions(policy: Policy, until: datetime) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pack", choices=list(PACKS), default="flight_delay")
     parser.add_argument("--every", type=int, default=7, help="days from look to look")
     parser.add_argument("--folder", type=Path, help="where the homes are, to go on after a stop")
     parser.add_argument("--until", type=parse_instant, default="2014-01-01", help="the end of the rows")
@@ -260,12 +266,12 @@ def main() -> int:
     every, until = timedelta(days=arguments.every), arguments.until
     logging.disable(logging.ERROR)
     database.datetime = Simulated  # type: ignore[attr-defined]
-    prepare(folder)
+    prepare(folder, arguments.pack)
     days = list(look_days(every, until))
     print(f"{len(days)} looks, {days[0]:%Y-%m-%d} … {days[-1]:%Y-%m-%d}, in {folder}", flush=True)
     policies: list[Policy] = []
     for name in ("weekly", "monthly", "never", "evergreen"):
-        policy = Policy(name, folder, every)
+        policy = Policy(name, folder, every, arguments.pack)
         for other in policies:
             policy.learn_of(other)
         policy.go(days)

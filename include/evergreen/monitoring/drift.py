@@ -252,6 +252,10 @@ class Freshness(Value):
         shown = self.gain.low is not None and self.gain.low > 0
         return past and shown and self._confirmed(rules)
 
+    def falls_short(self, rules: DriftRules) -> bool:
+        """Whether it is shown not to be past the pack's rule; else too few rows may be why it is not shown to be."""
+        return rules.freshness is not None and self.gain.high is not None and self.gain.high <= rules.freshness.gain
+
     def seen(self, rules: DriftRules) -> list[bool]:
         """In which parts of the time it is past the rule."""
         least = math.inf if rules.freshness is None else rules.freshness.gain
@@ -346,10 +350,9 @@ def triage(
         shift        performance has dropped, or newer rows are worth more than the pack's rule, whatever else moved
         quiet        no move is confirmed, nor that importance moved
         seasonal     columns moved, and none is other than in the same season before
-        shift        the target moved and the predictions did not move with it, if it is not said that newer rows are
-                     worth too little
+        shift        the target moved and the predictions did not move with it, if what newer rows are worth is not said
         withstood    the windows that moved and have labels show on average no drop past the pack's rule, proven or not;
-                     or newer rows are worth too little
+                     or newer rows are worth too little, or not shown to be worth enough
         shift        importance moved; by the line above, with a drop that is not proven
         shift        no such labels yet, and the predictions moved, or there are none
         withstood    no such labels yet, and the predictions did not move
@@ -396,7 +399,9 @@ def triage(
     elif any(each.kind == "target" for each in moved) and PREDICTION not in columns and not worse:
         kind, head = "shift", ["the target moved, and the predictions did not move with it"]
     elif held or worse:
-        why = f"performance held: {_figure(told[-1])}" if held else "newer rows promise no better model"
+        known = fresh is not None and fresh.falls_short(rules)
+        promise = "promise no better model" if known else "are not shown to make a better model"
+        why = f"performance held: {_figure(told[-1])}" if held else f"newer rows {promise}"
         kind, head = "withstood", [f"{what} moved, and {why}"]
     elif leant:
         kind, head = "shift", [f"{what} moved, and performance may have dropped: {_figure(told[-1])}"]
@@ -437,7 +442,8 @@ def _worth(fresh: Freshness | None, rules: DriftRules) -> tuple[list[str], list[
     )
     if fresh.exceeds(rules):
         return [f"newer rows would make a better model: {fresh}{parts}"], []
-    return [], [f"{fresh}{parts}: not enough to train for"]
+    known = "not enough" if fresh.falls_short(rules) else "not shown to be enough"
+    return [], [f"{fresh}{parts}: {known} to train for"]
 
 
 def _faults(history: Sequence[Drift]) -> list[Finding]:

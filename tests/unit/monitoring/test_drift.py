@@ -538,6 +538,25 @@ def test_what_moved_starts_nothing_where_newer_rows_are_worth_nothing(violated, 
     assert triage(history, rules, None, fresh).kind == expected
 
 
+@pytest.mark.parametrize(
+    ("high", "head", "worth"),
+    [
+        (0.012, "newer rows are not shown to make a better model", "not shown to be enough"),
+        (0.010, "newer rows promise no better model", "not enough"),
+    ],
+)
+def test_what_too_few_rows_cannot_show_is_not_called_worthless(high, head, worth):
+    """Newer rows promise nothing only where the whole interval is within the rule; either way nothing starts."""
+    rules = RULES.model_copy(update={"freshness": Gain(gain=0.01)})
+    days = Window(start=START, end=START + 60 * DAY)
+    gain = Estimate(value=0.002, low=0.004 - high, high=high)
+    fresh = Freshness(metric="roc_auc", gain=gain, parts=(0.002,), rows=900, judged=days, before=days, now=days)
+    found = triage([week(number, TARGET) for number in range(3)], rules, None, fresh)
+    assert found.kind == "withstood"
+    assert found.reasons[0].endswith(head)
+    assert found.reasons[-1].endswith(f"{worth} to train for")
+
+
 def test_a_move_that_the_same_season_before_knew_is_seasonal():
     """Against that season nothing moved; where something else did, or the model fell, it is not the season."""
     moves = [(MOVED, PREDICTED)] * 2
