@@ -227,9 +227,16 @@ def test_rules_fire_when_they_should(tmp_path):
         case({failing: "1x3 0x20"}, "9m", "RunFailed"),
         case({psi: "0.3x60"}, "40m", "PredictionsMoved", pack="a", column="prediction", retrain="a", says=moved),
         case({psi: "0.2x60"}, "40m", "PredictionsMoved"),
+        *(
+            case({psi: "0.3x60", f'evergreen_newest_look{{pack="a",kind="{kind}"}}': "1x60"}, "40m", "PredictionsMoved")
+            for kind in ("data fault", "seasonal", "withstood")
+        ),
         case({'evergreen_days_since_training{pack="a"}': "9x9"}, "5m", "ChampionStale", pack="a",
              says="a was last trained 9 days ago"),
         case({waits: "700x9"}, "5m", "QueueStuck", queue="gpu", says="a task has waited 11m 40s in the queue gpu"),
+        case({waits: "0+60x10 0+60x10 0+60x10"}, "27m", "QueueStuck", queue="gpu",
+             says="a task has waited 10m 0s in the queue gpu"),
+        case({waits: "0+60x5 0x20"}, "20m", "QueueStuck"),
         case({beat: "300x9"}, "5m", "PlatformDown", job="Scheduler", says="no sign of life of Scheduler"),
         case({'up{job="evergreen"}': "0x9"}, "5m", "PlatformDown", job="evergreen", says="no sign of life of evergreen"),
         case({beat: "3x9", 'up{job="evergreen"}': "1x9"}, "5m", "PlatformDown"),
@@ -240,6 +247,8 @@ def test_rules_fire_when_they_should(tmp_path):
         case({'evergreen_alerts_total{pack="a",sender="s",decision="drop"}': "0+5x60",
               'evergreen_undecided_alerts{pack="a"}': "0x60"}, "60m", "DriftStorm", pack="a",
              says="a: 300 alerts within an hour"),
+        case({'evergreen_undecided_alerts{pack="a"}': "0 500x60"}, "60m", "DriftStorm", pack="a",
+             says="a: 500 alerts within an hour"),
     ]  # fmt: skip
     file = tmp_path / "tests.yml"
     file.write_text(yaml.safe_dump({"rule_files": [str(CONFIG / "prometheus" / "rules.yml")], "tests": cases}))

@@ -25,6 +25,11 @@ from evergreen.triggers.admission import Past
 
 KINDS = ("alert", "intent", "decision", "drift", "run", "failure", "promotion", "rollback")
 STAGES = ("train", "promote")
+LOOK = "monitor"
+"""The stage whose receipts count: a look at what was looked at before ends as one, and it did come to its end."""
+
+SHOWN = ("data fault", "seasonal", "withstood", "shift", "quiet", "not compared")
+"""What a look may show (`monitoring/drift.py`)."""
 
 AT_ONCE = 10_000
 """How many events are read at a time."""
@@ -79,7 +84,9 @@ class Count:
     champion: int | None = None
     champion_since: datetime | None = None
     scores: dict[str, float] = field(default_factory=dict)
-    """PSI by column in the newest window that the monitor compared."""
+    """PSI by column in the newest window that the monitor compared with this champion."""
+    showed: str | None = None
+    """What the newest look found."""
 
     def add(self, event: Event) -> None:
         """Count one more event: the next of its pack."""
@@ -93,10 +100,15 @@ class Count:
         elif event.kind == "drift":
             self.failing["monitor"] = False
             value = event.body["value"]
-            self.looks[value["kind"] or "not compared"] += 1
+            self.showed = value["kind"] or "not compared"
+            self.looks[self.showed] += 1
             self.scores = value.get("scores") or self.scores  # a look of an older Evergreen kept none
+        elif event.kind == "receipt":
+            self.failing["monitor"] = False
         elif event.kind in ("promotion", "rollback"):
             if event.body["status"] in ("done", "foreign"):
+                if event.body["champion"] != self.champion:
+                    self.scores, self.showed = {}, None  # of another model
                 self.champion, self.champion_since = event.body["champion"], event.at
         elif event.body["stage"] == "promote":
             self.failing["training"] = False
@@ -151,13 +163,18 @@ class Loop:
             now = datetime.now(UTC)
             yield from self._of_admission(now)
             yield from self._of_the_chain(now)
+            yield from self._of_the_monitor()
 
     def _read(self) -> None:
         database = db.connect(self.settings.database_url)
         for pack in {folder.name for folder in find(self.settings.packs)}.union(_packs_of(database)):
             count = self.counts.setdefault(pack, Count())
             # By position, which has no gaps: ids of rows may become visible out of their order.
-            counted = events.c.kind.in_(KINDS) | ((events.c.kind == "stage") & events.c.stage.in_(STAGES))
+            counted = (
+                events.c.kind.in_(KINDS)
+                | ((events.c.kind == "stage") & events.c.stage.in_(STAGES))
+                | ((events.c.kind == "receipt") & (events.c.stage == LOOK))
+            )
             query = sa.select(*COLUMNS).where(events.c.pack == pack, counted)
             while True:
                 newer = query.where(events.c.position > count.position).order_by(events.c.position).limit(AT_ONCE)
@@ -210,9 +227,6 @@ class Loop:
         yield from (alerts, latency, undecided, age, runs, hours)
 
     def _of_the_chain(self, now: datetime) -> Iterator[Metric]:
-        looks = CounterMetricFamily(
-            "evergreen_looks", "Looks of the monitor, by the kind of change they showed.", labels=("pack", "kind")
-        )
         begun = CounterMetricFamily("evergreen_runs", "Runs of the chain that began.", labels=("pack",))
         failures = CounterMetricFamily(
             "evergreen_stage_failures", "Stages that failed, each try counted.", labels=("pack", "stage")
@@ -236,11 +250,6 @@ class Loop:
             "Of the newest training, where its trainer tells.",
             labels=("pack",),
         )
-        scores = GaugeMetricFamily(
-            "evergreen_drift_psi",
-            "How far a column lies from what the champion was made from, in the newest window compared.",
-            labels=("pack", "column"),
-        )
         for pack, count in sorted(self.counts.items()):
             begun.add_metric((pack,), count.runs)
             for stage, number in sorted(count.failures.items()):
@@ -257,11 +266,30 @@ class Loop:
                 trained.add_metric((pack, device), count.trained_s[device])
             if count.samples_per_s is not None:
                 speed.add_metric((pack,), count.samples_per_s)
+        yield from (begun, failures, failing, verdicts, champion, reign, trainings, trained, speed)
+
+    def _of_the_monitor(self) -> Iterator[Metric]:
+        looks = CounterMetricFamily(
+            "evergreen_looks", "Looks of the monitor, by the kind of change they showed.", labels=("pack", "kind")
+        )
+        scores = GaugeMetricFamily(
+            "evergreen_drift_psi",
+            "How far a column lies from what the champion was made from, in the newest window compared.",
+            labels=("pack", "column"),
+        )
+        showed = GaugeMetricFamily(
+            "evergreen_newest_look",
+            "1 for the kind of change that the newest look showed, 0 for the others.",
+            labels=("pack", "kind"),
+        )
+        for pack, count in sorted(self.counts.items()):
             for column, score in sorted(count.scores.items()):
                 scores.add_metric((pack, column), score)
+            for kind in SHOWN if count.showed else ():
+                showed.add_metric((pack, kind), kind == count.showed)
             for kind, number in sorted(count.looks.items()):
                 looks.add_metric((pack, kind), number)
-        yield from (begun, failures, failing, verdicts, champion, reign, trainings, trained, speed, looks, scores)
+        yield from (looks, scores, showed)
 
     def _policy(self, pack: str) -> AdmissionPolicy | None:
         """The policy in force; None of a pack that is broken or gone."""

@@ -13,6 +13,7 @@ from prometheus_client import start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
 from evergreen import database as db
+from evergreen.monitoring.drift import ACTIONS
 from evergreen.settings import Settings
 from evergreen.triggers import metrics
 from evergreen.triggers.admission import Decision
@@ -298,6 +299,16 @@ def test_a_look_that_a_run_kept_from_looking_is_no_failure(settings, database):
     assert ("evergreen_stage_failures_total", "more", "ingest") not in found
 
 
+def test_a_look_at_what_was_looked_at_before_ends_a_failure(settings, database):
+    """A receipt, as most looks of a day are: the monitor came to its end; that of another stage says nothing of it."""
+    live(database)
+    body = {"stage": "ingest", "error": "StoreError", "what": "no", "fix": ""}
+    database.append("more", "failure", body, run_id="watch__two")
+    for stage, fails in (("ingest", 1), ("monitor", 0)):
+        database.append("more", "receipt", {"stage": stage, "of": "watch__one"}, run_id="watch__three")
+        assert samples(settings)["evergreen_failing", "more", "monitor"] == fails
+
+
 def test_the_champion_is_the_one_of_the_ledger(settings, database):
     """Promoted, rolled back, or moved by somebody's hand: the newest move that was done; an intent is none."""
     live(database)
@@ -327,6 +338,19 @@ def test_drift_is_told_by_column_until_the_next_look_that_compares(settings, dat
     assert samples(settings)["evergreen_drift_psi", "seats", "more"] == 0.25
 
 
+def test_drift_and_what_a_look_showed_are_of_the_champion_in_use(settings, database):
+    """A new champion has been looked at by nobody: what the one before it showed asks for no second training."""
+    live(database)
+    found = samples(settings)
+    assert {key[1]: each for key, each in found.items() if key[0] == "evergreen_newest_look"} == {
+        **dict.fromkeys((*ACTIONS, "not compared"), 0),
+        "quiet": 1,
+    }
+    assert found["evergreen_drift_psi", "seats", "more"] == 0.25
+    database.append("more", "promotion", {"status": "done", "champion": 5, "version": 5}, run_id="two")
+    assert not [key for key in samples(settings) if key[0] in ("evergreen_newest_look", "evergreen_drift_psi")]
+
+
 def test_the_text_is_as_prometheus_wants_it(settings, database):
     """Help and type for each family; counters end in _total; units are base units; histograms are whole."""
     write_pack(settings, "more", "{budget: {runs: 3, device_hours: 2}}")
@@ -353,6 +377,7 @@ def test_the_text_is_as_prometheus_wants_it(settings, database):
         "evergreen_training_seconds": "counter",
         "evergreen_training_samples_per_second": "gauge",
         "evergreen_drift_psi": "gauge",
+        "evergreen_newest_look": "gauge",
     }
     for name, family in families.items():
         assert family.documentation[-1] == "."
