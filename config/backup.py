@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,18 +41,10 @@ def make(where: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True)
     begun = time.monotonic()
     try:
-        _compose("stop", *DATABASES)
-        for service in DATABASES:
-            _copy(folder / f"{service}.tar.gz", *_once(service, "tar", "cz", "-C", DATA, "."))
-    finally:
-        _compose("start", *DATABASES)
-    print(f"databases, stopped for {time.monotonic() - begun:.0f} s")  # noqa: T201
-    for service, path in FOLDERS.items():
-        own = ("--exclude", f"./{REPOSITORY}") if service == "store" else ()
-        _copy(folder / f"{service}.tar", *_in(service), "tar", "c", "-C", path, *own, ".")
-    bundle = ("git", "-C", f"{FOLDERS['store']}/{REPOSITORY}", "bundle", "create", "--quiet", "-", "--all")
-    _copy(folder / "snapshots.bundle", *_in("store"), *bundle)
-    _copy(folder / "secrets.tar", "tar", "c", "-C", str(_secrets()), ".", compose=False)
+        _copy_all(folder)
+    except BaseException:
+        shutil.rmtree(folder)  # half of a backup is none, and fills the disk
+        raise
     files = {file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps({"made": name, "files": files}, indent=1), encoding="utf-8")
     folder.rename(whole)
@@ -61,6 +54,32 @@ def make(where: Path) -> Path:
     _compose(*_in("metrics"), *note)
     print(f"{whole}: {size / 1e6:.1f} MB in {time.monotonic() - begun:.0f} s")  # noqa: T201
     return whole
+
+
+def _copy_all(folder: Path) -> None:
+    """The databases while they stand still, then what goes on."""
+    begun = time.monotonic()
+    try:
+        _compose("stop", *DATABASES)
+        for service in DATABASES:
+            _copy(folder / f"{service}.tar.gz", *_once(service, "tar", "cz", "-C", DATA, "."))
+    finally:
+        _compose("start", *DATABASES)
+    print(f"databases, stopped for {time.monotonic() - begun:.0f} s")  # noqa: T201
+    for service, path in FOLDERS.items():
+        _copy(folder / f"{service}.tar", *_in(service), *_going_on(path))
+    bundle = ("git", "-C", f"{FOLDERS['store']}/{REPOSITORY}", "bundle", "create", "--quiet", "-", "--all")
+    _copy(folder / "snapshots.bundle", *_in("store"), *bundle)
+    _copy(folder / "secrets.tar", "tar", "c", "-C", str(_secrets()), ".", compose=False)
+
+
+def _going_on(path: str) -> tuple[str, ...]:
+    """A command that prints a folder into which others write meanwhile, but for the repository and what still arrives.
+
+    tar ends with 1 where something came or went while it read. What the copied events name was there, whole, before.
+    """
+    out = f"--exclude=./{REPOSITORY} --exclude=./incoming"
+    return ("sh", "-c", f'tar c -C "$0" {out} . || [ $? -eq 1 ]', path)
 
 
 def restore(folder: Path) -> None:
@@ -93,6 +112,12 @@ def _secrets_of(folder: Path) -> Iterator[None]:
     """The backup's secrets where there are none, for Compose reads no file without them; kept if all goes well inside."""
     place = _secrets()
     if any(place.glob("*")):
+        key = place / "fernet_key"
+        if key.is_file() and key.read_bytes() != _fernet_key(folder / "secrets.tar"):
+            sys.exit(
+                f"{key}: another key than the backup's, by which alone the passwords of Airflow's connections can be read: "
+                f"put {place} aside, and restore takes the backup's secrets"
+            )
         yield
         return
     unpacked = place.with_name(f".{place.name}-restored")
@@ -106,6 +131,14 @@ def _secrets_of(folder: Path) -> Iterator[None]:
     finally:
         os.environ["EVERGREEN_SECRETS"] = str(place)
         shutil.rmtree(unpacked, ignore_errors=True)
+
+
+def _fernet_key(archive: Path) -> bytes | None:
+    """What the archive of secrets has of it."""
+    with tarfile.open(archive) as opened:
+        found = [member for member in opened if member.isfile() and member.name.removeprefix("./") == "fernet_key"]
+        content = opened.extractfile(found[0]) if found else None
+        return content.read() if content else None
 
 
 def _secrets() -> Path:

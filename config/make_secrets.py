@@ -1,9 +1,9 @@
 """Every secret of the stack, each in a file of secrets/ that only its owner can read: `python3 config/make_secrets.py`.
 
-What is there already stays; remove a file to have it made anew, and `make stack` carries it into the services. Passwords
-stand where stock tools look for them (libpq's .pgpass, git's .netrc, MLflow's credentials, DVC's config), so that no
-service needs one in its environment. The last line printed is the number of the user that owns them, whom the
-containers run as.
+What is there already stays; remove a file to have it made anew, with those that repeat what it says, and `make stack`
+carries it into the services; people keep the passwords that they have. Passwords stand where stock tools look for them
+(libpq's .pgpass, git's .netrc, MLflow's credentials, DVC's config), so that no service needs one in its environment. The
+last line printed is the number of the user that owns them, whom the containers run as.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ from pathlib import Path
 SOMEBODY = 10001
 """Who owns the files when root makes them: no container runs as root."""
 
+REPEATED = {
+    "databases": ("databases_control", "databases_worker", "databases_mlflow"),
+    "broker_url": ("redis_users",),
+    "airflow_loader": ("netrc",),
+    "mlflow_users": ("mlflow_credentials",),
+    "store_password": ("store_users", "netrc", "dvc_config"),
+}
+"""Files, and those that hold the same secrets once more: made anew with them, for one old password keeps all out."""
+
 PEOPLE = {"admin": "Admin", "operator": "User", "viewer": "Viewer"}
 """Airflow's users, and their roles there."""
 
@@ -38,6 +47,9 @@ def main() -> None:
     asked = parser.parse_args()
     folder: Path = asked.folder
     folder.mkdir(mode=0o700, exist_ok=True)
+    for name in [name for name in REPEATED if not (folder / name).exists()]:
+        for repeats in REPEATED[name]:
+            (folder / repeats).unlink(missing_ok=True)
     for path, make in _files(folder).items():
         if not path.exists():
             _write(path, make())

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 def prepare(database_url: str, accounts: Mapping[str, str]) -> None:
     """Bring the tables at `database_url` up to date, and make the accounts (name → password) that are not there.
 
-    `admin` may do anything; everybody else reads all, and manages what is theirs.
+    `admin` may do anything, and keeps the password that it has; everybody else reads all, manages what is theirs, and is
+    a machine's account, whose password is always the one given.
     """
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
     from mlflow.store.db.utils import (
@@ -29,3 +30,5 @@ def prepare(database_url: str, accounts: Mapping[str, str]) -> None:
     for name, password in accounts.items():
         if not store.has_user(name):
             store.create_user(name, password, is_admin=name == "admin")
+        elif name != "admin":
+            store.update_user(name, password)

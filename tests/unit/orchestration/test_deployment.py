@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import io
 import json
 import netrc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +71,46 @@ def test_secrets_are_their_owners_and_stay(secrets):
     other = secrets.parent / "other"
     subprocess.run([sys.executable, MAKE, other], check=True, capture_output=True)
     assert [name for name, text in before.items() if (other / name).read_text() == text] == []
+
+
+@pytest.mark.parametrize("name", ["databases", "broker_url", "airflow_loader", "mlflow_users", "store_password"])
+def test_a_secret_made_anew_is_made_anew_wherever_it_stands(secrets, tmp_path, name):
+    """No password of a removed file is left in any other: who still had one would be kept out."""
+    folder = shutil.copytree(secrets, tmp_path / "secrets")
+    old = re.findall("[0-9a-f]{48}", (folder / name).read_text())
+    salted = (folder / "store_users").read_text(), (folder / "redis_users").read_text()
+    (folder / name).unlink()
+    subprocess.run([sys.executable, MAKE, folder], check=True, capture_output=True)
+    said = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+    assert old
+    assert [found for found, text in said.items() if any(password in text for password in old)] == []
+    hashed = {"store_password": said["store_users"] != salted[0], "broker_url": said["redis_users"] != salted[1]}
+    assert hashed.get(name, True)
+
+
+@pytest.mark.fault
+def test_mlflows_machine_has_the_password_of_the_file_and_its_admin_keeps_its_own(tmp_path):
+    """Made anew, a secret lets the workers in; what the administrator may have changed is left."""
+    prepare = (
+        "import sys\nfrom evergreen.registry import server\n"
+        "from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore\n"
+        "url, store = sys.argv[1], SqlAlchemyStore()\n"
+        "for word in ('old', 'new'): server.prepare(url, {'admin': word * 8, 'evergreen': word * 8})\n"
+        "store.init_db(url)\n"
+        "print([store.authenticate_user(*each) for each in (('admin', 'old' * 8), ('evergreen', 'new' * 8))])\n"
+    )
+    url = f"sqlite:///{tmp_path}/mlflow.db"
+    ini = MAKE.with_name("mlflow-auth.ini").read_text()
+    (tmp_path / "auth.ini").write_text(re.sub("(?m)^database_uri = .*$", f"database_uri = {url}", ini))
+    auth = {"MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}
+    told = subprocess.run(
+        [sys.executable, "-c", prepare, url],
+        env={**os.environ, **auth},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.stdout.splitlines()[-1:] == ["[True, True]"], told.stderr[-2000:]
 
 
 def test_a_worker_knows_no_password_of_airflows_database(secrets):
@@ -139,6 +182,26 @@ def test_a_backup_of_a_stack_that_does_not_run_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_written_to_is_copied(tmp_path):
+    """An object that arrives while the store is read, and one that is gone, end no backup; a folder that is not there does."""
+    objects, incoming = tmp_path / "objects", tmp_path / "incoming"
+    for folder in (objects, incoming):
+        folder.mkdir()
+    (objects / "large").write_bytes(b"x" * 2_000_000)
+    (incoming / "arriving").write_bytes(b"half")
+    spec = importlib.util.spec_from_file_location("backup", MAKE.with_name("backup.py"))
+    backup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backup)
+    with subprocess.Popen(backup._going_on(str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as tar:
+        read = tar.stdout.read(10_240)  # tar waits in the midst of the large one: a pipe holds less
+        (incoming / "arriving").rename(objects / "small")
+        read += tar.stdout.read()
+    assert tar.returncode == 0
+    with tarfile.open(fileobj=io.BytesIO(read)) as archive:
+        assert {"./objects", "./objects/large"} <= set(archive.getnames()) <= {".", "./objects", "./objects/large"}
+    assert subprocess.run(backup._going_on(str(tmp_path / "none")), capture_output=True, check=False).returncode
+
+
 DOCKER = """#!/bin/sh
 echo "$EVERGREEN_SECRETS $EVERGREEN_UID $*" >> "$TOLD"
 case "$*" in
@@ -148,6 +211,52 @@ esac
 case "$*" in *" run "*) cat > /dev/null ;; esac
 """
 """An engine with nothing on it that does whatever it is told, and writes down what that was."""
+
+
+FULL = """#!/bin/sh
+case "$*" in
+  "compose ps"*) echo metrics mlflow postgres postgres-airflow store ;;
+  *" exec "*) echo "no space left" >&2; exit 1 ;;
+esac
+"""
+"""An engine whose stack runs, and whose disk is full."""
+
+
+def test_a_backup_that_fails_leaves_nothing(tmp_path, secrets):
+    """Half of one is none, and a disk that is full would be fuller with each try."""
+    (tmp_path / "docker").write_text(FULL)
+    (tmp_path / "docker").chmod(0o755)
+    given = shutil.copytree(secrets, tmp_path / "secrets")
+    (given / "image.env").touch()
+    told = subprocess.run(
+        [sys.executable, MAKE.with_name("backup.py"), "make", tmp_path / "backups"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "EVERGREEN_SECRETS": str(given)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (told.returncode, "no space left" in told.stderr) == (1, True)
+    assert list((tmp_path / "backups").iterdir()) == []
+
+
+def test_a_backup_goes_to_no_other_fernet_key(tmp_path, secrets):
+    """What Airflow keeps encrypted could not be read: it says so before anything is filled."""
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    (tmp_path / "fernet_key").write_text("another\n")
+    with tarfile.open(backup / "secrets.tar", "w") as archive:
+        archive.add(tmp_path / "fernet_key", "./fernet_key")
+    files = {"secrets.tar": {"sha256": hashlib.sha256((backup / "secrets.tar").read_bytes()).hexdigest()}}
+    (backup / "manifest.json").write_text(json.dumps({"made": "then", "files": files}))
+    told = subprocess.run(
+        [sys.executable, MAKE.with_name("backup.py"), "restore", backup],
+        env={"PATH": "", "EVERGREEN_SECRETS": str(secrets)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 1
+    assert f"{secrets}/fernet_key: another key than the backup's" in told.stderr
 
 
 def test_a_restore_on_a_bare_machine_builds_before_it_fills(tmp_path):
