@@ -178,6 +178,15 @@ def test_nulls_are_a_fault_and_nothing_is_alerted(home):
     assert "cannot predict these rows: the model of tide returned nan" in found.reasons[-1]
 
 
+def test_labels_that_the_model_does_not_know_are_a_fault(home):
+    """A third value of a target that is 0 or 1: the look says so, and what else it sees, instead of failing itself."""
+    turn(home, lambda rows: rows.with_columns(flooded=pl.col("flooded") + 1))
+    found = watch(home, "strange labels")
+    assert (found.kind, alert_of(found)) == ("data fault", None)
+    assert found.reasons[-1].endswith("the binary target holds 1, 2")
+    assert found.page is not None
+
+
 def test_a_refused_suite_is_a_fault(home):
     """What validate says comes first; the rows that it refused are on the page."""
     home.write(

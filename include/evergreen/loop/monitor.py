@@ -144,6 +144,8 @@ class Watcher:
         self._known: dict[Window, tuple[Profile, Drift]] = {}
         self._predictions: dict[str, np.ndarray] = {}
         self._importance: dict[Window, tuple[Importance, ...]] = {}
+        self.strange: str | None = None
+        """Why labels that have arrived are none that the champion could be held to; None: they are."""
         self._usual = [
             each for each in champion.reference.usual if abs((each.end - each.start) - rules.window) < timedelta(days=1)
         ]
@@ -176,7 +178,10 @@ class Watcher:
         )
         reference = self.champion.reference
         for (window, sample), found in zip(samples.items(), swapped, strict=True):
-            told = looks.importance_of(self.run, sample, found, reference.metric, reference.classes)
+            try:
+                told = looks.importance_of(self.run, sample, found, reference.metric, reference.classes)
+            except EvaluationError:  # of the labels, which `_performance` says more of
+                continue
             self._importance[window] = told
             looks.keep_importance(self._kept(window), told)
 
@@ -242,7 +247,10 @@ class Watcher:
         return self._known[window]
 
     def _performance(self, window: Window, scored: dict[str, np.ndarray]) -> Performance | None:
-        """The champion's figure on the window's rows whose labels have arrived; None where it has none."""
+        """The champion's figure on the window's rows whose labels have arrived; None where it has none.
+
+        Labels that its task or its classes do not know are `strange`.
+        """
         import numpy as np
 
         pack, reference = self.run.pack, self.champion.reference
@@ -259,11 +267,19 @@ class Watcher:
         _, partition = np.unique(np.concatenate(clusters), return_inverse=True)
         if pack.data.task != "regression" and len(np.unique(truth)) < 2:
             return None
-        rows = metrics.Rows.of(pack.data.task, truth, np.concatenate(predicted), partition, reference.classes)
+        try:
+            rows = metrics.Rows.of(pack.data.task, truth, np.concatenate(predicted), partition, reference.classes)
+        except EvaluationError as error:
+            self.strange = f"the labels of {window.start:%Y-%m-%d} … {window.end:%Y-%m-%d}: {error.what}"
+            return None
+        try:
+            figure = significance.estimate(rows, reference.metric, pack.gate.primary.confidence)
+        except EvaluationError:  # undefined on these rows, as r2 is where all labels are one number
+            return None
         return Performance(
             metric=reference.metric,
             reference=reference.figure,
-            window=significance.estimate(rows, reference.metric, pack.gate.primary.confidence),
+            window=figure,
             less_is_better=metrics.direction(reference.metric) < 0,
             chance=0.5 if reference.metric == "roc_auc" else None,
         )
@@ -320,7 +336,7 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
         if rules.freshness is not None and ingested is not None:
             fresh = rehearse(run, store, watcher.manifest, ingested.windows, known.snapshot, known.train, rules)
         found = triage(history, rules, season, fresh)
-        faults = tuple(each for each in (refused, unscored) if each is not None)
+        faults = tuple(each for each in (refused, unscored, watcher.strange) if each is not None)
         if faults:
             reasons = found.reasons if found.kind == "data fault" else ()
             found = Triage(kind="data fault", reasons=(*reasons, *faults), evidence=found.evidence)
