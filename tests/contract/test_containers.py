@@ -103,6 +103,24 @@ def test_no_container_holds_the_engines_socket_by_default():
     assert "docker.sock" not in COMPOSE.read_text(encoding="utf-8")
 
 
+def test_a_training_that_waits_for_a_gpu_is_not_failed(monkeypatch):
+    """Airflow's scheduler takes ten minutes in a queue for a lost task; here it queues it anew for longer than any trains."""
+    from airflow.jobs.job import Job
+    from airflow.jobs.scheduler_job_runner import SchedulerJobRunner
+
+    values = read(PROJECT / "config" / "kubernetes" / "values.yaml")
+    for environment in (
+        read(COMPOSE)["services"]["airflow-scheduler"]["environment"],
+        {each["name"]: each["value"] for each in values["env"]},
+    ):
+        for name in [name for name in environment if name.startswith("AIRFLOW__SCHEDULER__")]:
+            monkeypatch.setenv(name, environment[name])
+        scheduler = SchedulerJobRunner(Job())
+        assert scheduler._num_stuck_queued_retries * scheduler._task_queued_timeout > 30 * 86400
+        for name in [name for name in environment if name.startswith("AIRFLOW__SCHEDULER__")]:
+            monkeypatch.delenv(name)
+
+
 def test_the_dockerfile_keeps_to_the_rules():
     """What linters of Dockerfiles ask: pinned bases, lists of packages removed, no ADD, no secret, nobody is root."""
     made = stages()
