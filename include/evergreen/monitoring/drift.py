@@ -695,12 +695,20 @@ def _violations(
 
 
 def _rises(before: float, rise: float, limit: float, n: int, m: int, chance: float) -> bool:
-    """Whether a share rises past its limit, and past what `chance` alone does to shares of n and of m rows."""
+    """Whether a share rises past its limit, and past what `chance` alone does to shares of n and of m rows.
+
+    Of few rows, or rare ones, the normal distribution knows too little: so many are also past the binomial one, whose
+    share is the one before, with half a row of doubt (Jeffreys' prior).
+    """
     if not n or not m:
         return rise > limit
     pooled = (n * before + m * (before + rise)) / (n + m)
     error = math.sqrt(max(0.0, pooled * (1 - pooled)) * (1 / n + 1 / m))
-    return rise > max(limit, NormalDist().inv_cdf(1 - chance) * error)
+    if rise <= max(limit, NormalDist().inv_cdf(1 - chance) * error):
+        return False
+    from scipy.special import bdtrc  # scipy.stats would cost 0.7 s of import
+
+    return float(bdtrc(round((before + rise) * m) - 1, m, (before * n + 0.5) / (n + 1))) < chance
 
 
 def _unit(reference: ColumnProfile, window: ColumnProfile, scale: float) -> str | None:

@@ -107,6 +107,18 @@ def test_small_windows_in_which_nothing_changed_stay_within_the_nominal_rate():
     assert bare / 200 > 0.5
 
 
+@pytest.mark.parametrize(("rows", "few", "share"), [(600, 3, 0.02), (5000, 5, 0.005), (5000, 10, 0.02), (120, 20, 0.1)])
+def test_a_few_rows_without_a_value_are_chance(rows, few, share):
+    """Of windows with as many missing as before, counted by how likely each is, no more than twice the nominal are faults."""
+    before = [None] * round(rows * share) + [1.0] * round(rows * (1 - share))
+    faults = 0.0
+    for missing in range(few + 1):
+        found = beside({"x": before}, {"x": [None] * missing + [1.0] * (few - missing)}, days=(rows, few))
+        likely = math.comb(few, missing) * share**missing * (1 - share) ** (few - missing)
+        faults += likely * (("fault", "missing") in measures(found))
+    assert faults <= 2 * NOMINAL / 5  # one column has three tests, and a window two of its own
+
+
 def test_jensen_shannon_is_nought_for_the_same_and_one_for_the_disjoint():
     """A distance from 0 to 1."""
     ones, twos = {"x": ["a", "b"] * 100}, {"x": ["c", "d"] * 100}
