@@ -1,5 +1,6 @@
 """Claims about admission where its rooms meet: the inbox, the rules, and whoever runs the training."""
 
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -10,11 +11,14 @@ from evergreen.errors import DatabaseError, StageError
 from evergreen.history import history_of, runs_of
 from evergreen.keys import begin
 from evergreen.loop import Start, admit, confirm, data_arrived
+from evergreen.loop.monitor import Watched, alert_of
 from evergreen.pack import load
+from evergreen.run import Window
 from evergreen.settings import Settings
 from evergreen.triggers import inbox
 from evergreen.triggers.admission import again, decision_of
 from evergreen.triggers.inbox import NewAlert
+from evergreen.triggers.webhook import BODY_BYTES
 
 PACK = """
 description: Is it more?
@@ -358,3 +362,28 @@ def test_a_run_that_is_only_intended_is_no_run_yet(settings, database, runs):
     [run] = runs_of(database, "more")
     assert (run["run_id"], run["reason"], run["outcome"]) == (start.run_id, "me: a", "running")
     assert history_of(database, start.run_id)["stages"] == []
+
+
+def test_the_evidence_of_a_shift_fits_into_an_inbox(tmp_path):
+    """However long the names of columns are, in whatever script: the gravest violations go along, the rest is counted."""
+    names = [f"{place:02d}{'温' * 60}" for place in range(50)]
+    violated = [{"kind": "feature", "column": name, "measure": "psi", "value": 1.0, "limit": 0.2} for name in names]
+    windows = [{"end": "2013-04-01", "violated": names}] * 12
+    watched = Watched(
+        pack="tide",
+        as_of=datetime(2013, 4, 1, tzinfo=UTC),
+        champion=1,
+        kind="shift",
+        reasons=("it moved",),
+        evidence={"violations": 50, "violated": violated, "windows": windows},
+        windows=(Window(start=datetime(2013, 3, 1, tzinfo=UTC), end=datetime(2013, 4, 1, tzinfo=UTC)),),
+        columns=tuple(names),
+    )
+    _, message = alert_of(watched)
+    assert len(json.dumps(message)) < BODY_BYTES
+    kept = message["evidence"]
+    assert kept["violations"] == 50
+    assert 1 <= len(kept["violated"]) < 50
+    assert kept["violated"] == violated[: len(kept["violated"])]
+    short = watched.model_copy(update={"evidence": {"violations": 1, "violated": violated[:1], "windows": windows[:0]}})
+    assert alert_of(short)[1]["evidence"] == short.evidence

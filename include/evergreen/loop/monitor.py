@@ -7,6 +7,7 @@ anybody's.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ WINDOWS = 12
 """Most windows of a look, where the rules do not ask for more."""
 REASON, FINGERPRINT = 500, 200
 """How long an alert's reason and fingerprint may be."""
+EVIDENCE_BYTES = 48 * 1024
+"""Of an alert's evidence as JSON: an inbox takes 64 KiB in all, and names of columns are as long as they are."""
 PACKAGE = Path(__file__).parents[1]
 MEASURES = ("metrics", "significance", "importance", "gate", "probation", "freshness")
 
@@ -450,11 +453,21 @@ def alert_of(watched: Watched) -> tuple[str, dict[str, Any]] | None:
     message = {
         "reason": told if len(told) <= REASON else f"{told[: REASON - 1]}…",
         "as_of": watched.as_of.isoformat(),
-        "evidence": watched.evidence,
+        "evidence": _fitting(watched.evidence),
         "fingerprint": about if len(about) <= FINGERPRINT else f"drift {digest(watched.columns)}",
     }
     window = watched.windows[-1].end.isoformat()
     return f"drift-{digest([watched.pack, watched.champion, window])[:20]}", message
+
+
+def _fitting(evidence: dict[str, Any]) -> dict[str, Any]:
+    """The evidence with as many of the gravest violations as an alert can carry; all of them are in the report."""
+    many = len(evidence.get("violated", ()))
+    while many and len(json.dumps(evidence)) > EVIDENCE_BYTES:
+        many //= 2
+        windows = [{**each, "violated": each["violated"][:many]} for each in evidence["windows"]]
+        evidence = {**evidence, "violated": evidence["violated"][:many], "windows": windows}
+    return evidence
 
 
 def tell(settings: Settings, watched: Watched, address: str) -> None:
