@@ -169,6 +169,16 @@ def test_a_window_without_rows_has_a_page(told):
     assert "0 rows" in reader.text
 
 
+def test_a_year_that_pythons_clock_has_not_has_a_page(told):
+    """As other systems' marks for never have."""
+    never = pl.Series([253_402_300_800_000_000 + 10**15] * 3).cast(pl.Datetime("us", "UTC"))
+    reference = profile(pl.DataFrame({"until": [START] * 60}), START, START + 4 * WEEK)
+    window = profile(pl.DataFrame({"until": never}), START + 4 * WEEK, START + 5 * WEEK)
+    drift = compare(reference, window, RULES, DATA)
+    made = report.page("flights", told[0], [drift], RULES, reference, window)
+    assert "2024-01-01 00:00 … 2024-01-01 00:00 → 10031-09-09 01:46 … 10031-09-09 01:46" in made
+
+
 def test_a_column_of_another_type_has_a_page(told):
     """Numbers beside words."""
     _, _, reference, _ = told
