@@ -154,6 +154,8 @@ class Loop:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.counts: dict[str, Count] = {}
+        self.packs: set[str] = set()
+        """Those that are there: of one that is gone nothing is overdue, and nobody can end what failed last."""
         self.lock = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
@@ -167,7 +169,8 @@ class Loop:
 
     def _read(self) -> None:
         database = db.connect(self.settings.database_url)
-        for pack in {folder.name for folder in find(self.settings.packs)}.union(_packs_of(database)):
+        self.packs = {folder.name for folder in find(self.settings.packs)}
+        for pack in self.packs.union(_packs_of(database)):
             count = self.counts.setdefault(pack, Count())
             # By position, which has no gaps: ids of rows may become visible out of their order.
             counted = (
@@ -215,7 +218,7 @@ class Loop:
             heights = [sum(count.latencies[: index + 1]) for index in range(len(bounds))]
             latency.add_metric((pack,), list(zip(bounds, heights, strict=True)), count.waited_s)
             undecided.add_metric((pack,), len(count.undecided))
-            if count.trained_at is not None:
+            if count.trained_at is not None and pack in self.packs:
                 age.add_metric((pack,), (now - count.trained_at).total_seconds() / 86400)
             policy = self._policy(pack)
             spent = policy and count.spending.spent(policy, now)
@@ -254,7 +257,7 @@ class Loop:
             begun.add_metric((pack,), count.runs)
             for stage, number in sorted(count.failures.items()):
                 failures.add_metric((pack, stage), number)
-            for what, fails in count.failing.items():
+            for what, fails in count.failing.items() if pack in self.packs else ():
                 failing.add_metric((pack, what), fails)
             for decision, number in sorted(count.verdicts.items()):
                 verdicts.add_metric((pack, decision), number)
@@ -283,9 +286,9 @@ class Loop:
             labels=("pack", "kind"),
         )
         for pack, count in sorted(self.counts.items()):
-            for column, score in sorted(count.scores.items()):
+            for column, score in sorted(count.scores.items()) if pack in self.packs else ():
                 scores.add_metric((pack, column), score)
-            for kind in SHOWN if count.showed else ():
+            for kind in SHOWN if count.showed and pack in self.packs else ():
                 showed.add_metric((pack, kind), kind == count.showed)
             for kind, number in sorted(count.looks.items()):
                 looks.add_metric((pack, kind), number)

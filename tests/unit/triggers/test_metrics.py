@@ -172,6 +172,7 @@ def test_a_bucket_holds_what_is_not_longer_than_its_bound(seconds, bucket):
 
 def test_days_since_training_are_those_since_the_train_stage(settings, database):
     """Other stages do not train; a pack that was never trained has no sample."""
+    write_pack(settings, "more")
     database.append("more", "stage", {"stage": "ingest"}, run_id="one")
     assert ("evergreen_days_since_training", "more") not in samples(settings)
     trained = train(database, 9, run="one")
@@ -215,6 +216,16 @@ def test_a_pack_without_events_is_there(settings, database):
     found = samples(settings)
     assert (found["evergreen_undecided_alerts", "quiet"], found["evergreen_undecided_alerts", "more"]) == (0, 1)
     assert not any(db.HOME in key for key in found)
+
+
+def test_of_a_pack_that_is_gone_nothing_is_overdue(settings, database):
+    """What it did stays counted; nobody is called to a training that will never come, or a failure that nobody can end."""
+    overdue = {"evergreen_days_since_training", "evergreen_failing", "evergreen_drift_psi", "evergreen_newest_look"}
+    live(database)
+    assert not overdue & {key[0] for key in samples(settings)}
+    assert samples(settings)["evergreen_runs_total", "more"] == 1
+    write_pack(settings, "more")
+    assert overdue <= {key[0] for key in samples(settings)}
 
 
 def test_a_broken_pack_hides_no_other(settings, database):
@@ -268,6 +279,7 @@ def test_runs_failures_and_verdicts_are_counted(settings, database):
 
 def test_a_pack_fails_until_a_run_comes_to_its_end(settings, database):
     """Begun again it still fails; its monitor is told apart."""
+    write_pack(settings, "more")
 
     def failing():
         found = samples(settings)
@@ -290,6 +302,7 @@ def test_a_pack_fails_until_a_run_comes_to_its_end(settings, database):
 
 def test_a_look_that_a_run_kept_from_looking_is_no_failure(settings, database):
     """Its monitor does not fail while a pack trains: the look is counted as skipped, once."""
+    write_pack(settings, "more")
     live(database)
     for stage in ("ingest", "monitor"):
         body = {"stage": stage, "error": "LeaseHeldError", "what": "pack more: one is acting", "fix": ""}
@@ -301,6 +314,7 @@ def test_a_look_that_a_run_kept_from_looking_is_no_failure(settings, database):
 
 def test_a_look_at_what_was_looked_at_before_ends_a_failure(settings, database):
     """A receipt, as most looks of a day are: the monitor came to its end; that of another stage says nothing of it."""
+    write_pack(settings, "more")
     live(database)
     body = {"stage": "ingest", "error": "StoreError", "what": "no", "fix": ""}
     database.append("more", "failure", body, run_id="watch__two")
@@ -333,6 +347,7 @@ def test_training_is_counted_by_device(settings, database):
 
 def test_drift_is_told_by_column_until_the_next_look_that_compares(settings, database):
     """The newest window's; a look that had nothing to compare with leaves it as it was."""
+    write_pack(settings, "more")
     live(database)
     database.append("more", "drift", {"stage": "monitor", "value": {"kind": None, "scores": {}}}, run_id="watch__two")
     assert samples(settings)["evergreen_drift_psi", "seats", "more"] == 0.25
@@ -340,6 +355,7 @@ def test_drift_is_told_by_column_until_the_next_look_that_compares(settings, dat
 
 def test_drift_and_what_a_look_showed_are_of_the_champion_in_use(settings, database):
     """A new champion has been looked at by nobody: what the one before it showed asks for no second training."""
+    write_pack(settings, "more")
     live(database)
     found = samples(settings)
     assert {key[1]: each for key, each in found.items() if key[0] == "evergreen_newest_look"} == {
