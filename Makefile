@@ -80,7 +80,9 @@ restore:  ## a backup into a stack that has no volumes yet: make restore FROM=ba
 	@$(PYTHON) config/backup.py restore $(FROM)
 	@$(MAKE) --no-print-directory stack
 
-upgrade: backup stack  ## a backup, then the stack from these files: new images, databases brought up to date
+upgrade: image backup  ## a backup, then the stack from these files: new images, databases brought up to date
+	@$(COMPOSE) stop  # else what is old would go on writing to tables that are being changed
+	@$(MAKE) --no-print-directory stack
 
 stack-test: $(VENV)/.ready-dev  ## bring a stack up from nothing, use it, break it, and take it away again
 	@$(BIN)/python -m pytest -m stack -p no:randomly -s --timeout 3600 tests/stack $(ARGS)
