@@ -64,6 +64,17 @@ def test_rollback_restores_the_champion_before(forth):
 
 
 @pytest.mark.slow
+def test_a_run_goes_back_once(forth):
+    """Cleared in Airflow long after, it leaves the champion that somebody has chosen since; so does a retry."""
+    asked = {"run_id": "manual__2024-02-01"}
+    assert (back(forth, **asked).version, forth.champion.version) == (1, 1)
+    back(forth, to=2, why="it swims after all")
+    again = back(forth, **asked)
+    assert (again.version, again.previous, again.steps) == (1, 2, ())
+    assert forth.champion.version == 2
+
+
+@pytest.mark.slow
 def test_what_was_rolled_back_is_not_promoted_again_by_the_gate(forth):
     """The next run on the same data makes the same version: it waits for a person, and is told who took it back."""
     back(forth)

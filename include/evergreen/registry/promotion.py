@@ -102,10 +102,17 @@ def roll_back(
 
 
 def answered(database: Database, pack: str, asked: dict[str, Any], run_id: str | None) -> Event | None:
-    """The rollback that made the champion what it is, where it was asked for just so: by a retry, then."""
+    """The rollback that was asked for just so, where it was done: by a retry, then.
+
+    Of a run of Airflow it is the run's own, whatever the champion has become since: cleared, it goes back no further. One
+    from a terminal is the last that moved the champion.
+    """
+    if run_id is not None:
+        last = database.latest(pack, kind=ROLLBACK, run_id=run_id)
+        return last if last is not None and last.body["status"] == "done" else None
     moves = database.events(pack, kind=MOVES, newest_first=True)
     last = next((event for event in moves if event.body["status"] in ("done", "foreign")), None)
-    if last is None or last.kind != ROLLBACK or last.run_id != run_id or last.body["asked"] != asked:
+    if last is None or last.kind != ROLLBACK or last.run_id is not None or last.body["asked"] != asked:
         return None
     return last
 
