@@ -173,6 +173,14 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", " ")
 
 
+def sayable(text: str) -> str:
+    """`text` with `?` for what not every database and terminal takes: nulls, and what is no character of UTF-8.
+
+    The latter come from a terminal of another encoding.
+    """
+    return text.encode(errors="replace").decode().replace("\0", "?")
+
+
 class Ingested(Value):
     """What the source held up to as-of."""
 

@@ -12,6 +12,7 @@ from evergreen import database as db
 from evergreen.cli.runs import version_named
 from evergreen.cli.terminal import AsJson, out, show_json
 from evergreen.pack import load
+from evergreen.run import sayable
 from evergreen.settings import Settings
 
 Model = Annotated[str, typer.Argument(help="MODEL@VERSION, or MODEL for the version that waits.")]
@@ -35,8 +36,8 @@ def _answer(model: str, choice: Literal["promote", "reject"], why: str, as_json:
     registry, version = version_named(settings, model, approval.CHALLENGER)
     name = version.name
     run_id = approval.asking(settings, name, version.version)
-    said = approval.Answer(choice=choice, person=getpass.getuser(), comment=why, through="terminal")
-    text = approval.answer(settings, name, run_id, said, holder=db.this_process())
+    said = approval.Answer(choice=choice, person=getpass.getuser(), comment=sayable(why), through="terminal")
+    text = approval.answer(settings, name, run_id, said, version=version.version, holder=db.this_process())
     champion = registry.champion(name)
     done = choice == "reject" or (champion is not None and champion.version == version.version)
     if as_json:

@@ -24,7 +24,7 @@ from evergreen.database import Database, Event
 from evergreen.errors import RegistryError
 from evergreen.registry import ledger, promotion
 from evergreen.registry.models import Registry
-from evergreen.run import Ref, Value, Window, count
+from evergreen.run import Ref, Value, Window, count, sayable
 from evergreen.settings import Settings
 from evergreen.work import checkpoint, manifest_of
 
@@ -82,7 +82,7 @@ def rollback(
     RegistryError where there is nothing to go back to, or what there is is not what it was; the champion stays.
     """
     database, registry = db.connect(settings.database_url), Registry(settings)
-    asked = {"to": to, "why": why, "by": by}
+    asked = {"to": to, "why": sayable(why), "by": sayable(by)}
     with _Check(settings, database, registry, pack) as check:
         with check.step("find") as said:
             if promotion.answered(database, pack, asked, run_id) is None:

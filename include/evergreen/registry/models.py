@@ -26,7 +26,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from evergreen.errors import RegistryError, nearest
 from evergreen.registry.lineage import Lineage, as_tag, flat
-from evergreen.run import Value, Verdict
+from evergreen.run import Value, Verdict, sayable
 from evergreen.settings import Settings
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Registry:
         found = self.version(name, version)
         lineage = self.lineage(name, version) | {"verdict": verdict.model_dump(mode="json")}
         with self._explained(f"cannot write the verdict on {name} version {version}"):
-            self._client.log_text(found.run_id, json.dumps(lineage, indent=2, ensure_ascii=False), LINEAGE)
+            self._client.log_text(found.run_id, sayable(json.dumps(lineage, indent=2, ensure_ascii=False)), LINEAGE)
         self.tag(
             name,
             version,
@@ -182,7 +182,7 @@ class Registry:
         """Write what stands beside a version in MLflow's UI, as markdown."""
         self.version(name, version)
         with self._explained(f"cannot describe {name} version {version}"):
-            self._client.update_model_version(name, str(version), text)
+            self._client.update_model_version(name, str(version), sayable(text))
 
     def prune(self, name: str, version: int, why: str) -> None:
         """Remove the files of a version and of its MLflow run but the lineage, for good; done again, it changes nothing.
@@ -626,10 +626,9 @@ def _params(lineage: Lineage) -> dict[str, str]:
 
 
 def _fitting(values: Mapping[str, str], kind: str) -> dict[str, str]:
-    """`values`, those too long for MLflow replaced by where they stand whole."""
-    return {
-        name: value if len(value) <= LONGEST[kind] else f"in the artifact {LINEAGE}" for name, value in values.items()
-    }
+    """`values` as MLflow takes them, those too long for it replaced by where they stand whole."""
+    whole = f"in the artifact {LINEAGE}"
+    return {name: sayable(value) if len(value) <= LONGEST[kind] else whole for name, value in values.items()}
 
 
 def _value(version: MlflowVersion, aliases: Mapping[str, str]) -> ModelVersion:

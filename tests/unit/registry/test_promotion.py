@@ -156,6 +156,18 @@ def test_rollback_moves_the_alias_between_two_events(promote, database, registry
     assert "by ada: it is worse" in registry.version(model, 2).tags["evergreen.rolled_back"]
 
 
+def test_no_text_keeps_an_intent_from_being_done(promote, database, registry, model):
+    """What a terminal of another encoding sent, and a null: kept in the events, and written as `?` where MLflow cannot."""
+    why = "caf\udce9 \0"
+    promote(1, None)
+    promote(2, 1)
+    asked = {"to": 1, "why": why, "by": "ada"}
+    done = promotion.roll_back(database, registry, model, version=1, leave=2, asked=asked)
+    assert (done.body["status"], done.body["asked"]["why"]) == ("done", why)
+    assert registry.version(model, 2).tags["evergreen.rolled_back"].endswith("by ada: caf? ?")
+    registry.describe(model, 2, why)
+
+
 def test_rollback_from_an_old_champion_moves_nothing(promote, database, registry, model):
     """The alias moves only if the champion is still the one that was to be left; a void event says why."""
     promote(1, None)
