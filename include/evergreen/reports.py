@@ -38,7 +38,7 @@ def of_version(settings: Settings, name: str, version: int, description: str) ->
     if champion not in (None, version):
         with contextlib.suppress(RegistryError):  # a champion that Evergreen did not make has none
             before = registry.lineage(name, champion)
-    asked = database.latest(name, kind=approval.KIND, run_id=judged.run_id)
+    asked = approval.newest(database, name, judged.run_id, version)
     return Report(
         model=name,
         version=version,

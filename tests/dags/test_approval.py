@@ -67,7 +67,7 @@ def test_the_training_dag_starts_one_run_by_a_derived_id(packs):
             started(task, waits=True)
         asked.append(asks.value.dag_run_id)
     assert (asks.value.trigger_dag_id, asks.value.skip_when_already_exists) == ("apple__approval", True)
-    assert (asks.value.logical_date, asks.value.conf) == (None, {"run": "manual__2013-04-01"})
+    assert (asks.value.logical_date, asks.value.conf) == (None, {"run": "manual__2013-04-01", "version": 4})
     assert len(set(asked)) == 1
     with pytest.raises(DagRunTriggerException) as other:
         started(task, waits=True, run_id="manual__2013-05-01")

@@ -11,6 +11,8 @@ from evergreen import reports
 from evergreen.cli import app
 from evergreen.errors import RegistryError
 from evergreen.history import history_of
+from evergreen.loop import approval
+from evergreen.registry import ledger
 
 
 @pytest.fixture
@@ -65,3 +67,45 @@ def test_what_waits_is_overtaken_by_an_automatic_promotion(asking: Home) -> None
     assert history_of(asking.database, "second")["outcome"] == "superseded"
     assert "challenger" not in {alias for one in asking.registry.versions(NAME) for alias in one.aliases}
     assert asking.database.first_bad(NAME) is None
+
+
+@pytest.mark.slow
+def test_a_run_that_changes_no_champion_ends_no_question(tmp_path: Path) -> None:
+    """The run of an earlier promotion cleared under other rules, and a run that makes the champion again: both leave it.
+
+    Nor is anybody asked about what was promoted without a question.
+    """
+    home = Home.make(tmp_path)
+    home.perform("first")
+    home.write(gate={"promotion": "approval"}, training={"params": {"steps": 41}})
+    assert home.perform("second")["promote"].waits
+    home.write(gate={"promotion": "approval"})
+    cleared = home.perform("first")["promote"]
+    assert (cleared.champion, cleared.waits) == (1, False)
+    assert home.perform("third")["promote"].champion == 1
+    assert history_of(home.database, "second")["outcome"] == "waiting"
+
+    evergreen(home, "approve", f"{NAME}@2", "--why", "go on")
+    home.write(gate={"promotion": "approval"}, training={"params": {"steps": 42}})
+    assert home.perform("fourth")["promote"].waits
+    home.write(gate={"promotion": "approval", "latency_p95_ms": 1000})
+    home.perform("first")
+    assert (home.champion.version, history_of(home.database, "fourth")["outcome"]) == (2, "waiting")
+
+
+@pytest.mark.slow
+def test_a_cleared_run_asks_about_the_version_that_it_makes_now(asking: Home) -> None:
+    """Cleared after the pack was mended, it makes another version: that one waits, in place of the first."""
+    asking.write(gate={"promotion": "approval"}, training={"params": {"steps": 41}})
+    promoted = asking.perform("first")["promote"]
+    assert (promoted.version, promoted.waits) == (2, True)
+    first = reports.of_version(asking.settings, NAME, 1, "").answer
+    assert first == "superseded: version 2 is newer, and waits for approval"
+    assert approval.overtaken(asking.settings, NAME, "first", 1) == first
+    assert approval.overtaken(asking.settings, NAME, "first", 2) is None
+    done = evergreen(asking, "approve", NAME, "--why", "mended", "--json")
+    assert done.exit_code == 0, done.output
+    assert asking.champion.version == 2
+    last = ledger.reigns(asking.database, NAME)[-1]
+    assert (last.version, last.by, last.verdict["reasons"][1:]) == (2, "person", list(promoted.verdict.reasons))
+    assert reports.of_version(asking.settings, NAME, 1, "").answer == first

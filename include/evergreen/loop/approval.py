@@ -20,9 +20,9 @@ from evergreen.work import checkpoint
 __all__ = ["CHALLENGER", "Answer", "answer", "asking", "overtaken", "page_of", "question"]
 
 
-def overtaken(settings: Settings, pack: str, run_id: str) -> str | None:
-    """Why the question of a training run needs no answer any more, or None."""
-    return approval.overtaken(db.connect(settings.database_url), pack, run_id)
+def overtaken(settings: Settings, pack: str, run_id: str, version: int | None = None) -> str | None:
+    """Why the question of a training run, about `version` or the last it asked about, needs no answer any more, or None."""
+    return approval.overtaken(db.connect(settings.database_url), pack, run_id, version)
 
 
 def page_of(settings: Settings, pack: str, version: int) -> str:
@@ -31,12 +31,12 @@ def page_of(settings: Settings, pack: str, version: int) -> str:
     return page(report, reports.plots(settings, report))
 
 
-def question(settings: Settings, pack: str, run_id: str, web: str) -> tuple[str, str]:
-    """What a person is asked about the version of a training run: the subject, and the report as markdown.
+def question(settings: Settings, pack: str, run_id: str, version: int | None, web: str) -> tuple[str, str]:
+    """What a person is asked about a version of a training run: the subject, and the report as markdown.
 
     `web` is where Evergreen's pages are.
     """
-    asked = approval.state(db.connect(settings.database_url), pack, run_id)
+    asked = approval.state(db.connect(settings.database_url), pack, run_id, version)
     version, against = asked.body["version"], asked.body["judged_against"]
     beside = f" in place of version {against}" if against else ""
     report = reports.of_version(settings, pack, version, load(settings.packs, pack).description)
@@ -59,12 +59,17 @@ def asking(settings: Settings, pack: str, version: int) -> str:
     )
 
 
-def answer(settings: Settings, pack: str, run_id: str, said: Answer | None, *, holder: str) -> str | None:
-    """Write down the answer to what a training run asked, and do it; → what came of it, None while it goes on waiting."""
+def answer(
+    settings: Settings, pack: str, run_id: str, said: Answer | None, *, version: int | None = None, holder: str
+) -> str | None:
+    """Write down the answer to what a training run asked, and do it; → what came of it, None while it goes on waiting.
+
+    `version` is what it asked about, the last where it is None.
+    """
     database = db.connect(settings.database_url)
     run = _run(settings, pack, run_id)
     registry = Registry(settings)
-    ended = approval.answer(database, registry, run=run, answer=said, holder=holder)
+    ended = approval.answer(database, registry, run=run, version=version, answer=said, holder=holder)
     if ended.body["status"] == "asked":
         return None
     version = ended.body["version"]

@@ -68,6 +68,7 @@ def answer_task(pack: Pack) -> Any:
             pack.name,
             context["params"]["run"],
             approval.Answer.model_validate({**said, "through": "Airflow"}) if said else None,
+            version=context["params"]["version"],
             holder=context["dag_run"].run_id,
         )
         if ended is None:
@@ -92,7 +93,8 @@ class Ask(HITLOperator):
     def execute(self, context: Any) -> None:
         from evergreen.loop import approval
 
-        if why := approval.overtaken(Settings.from_env(), self.pack, context["params"]["run"]):
+        params = context["params"]
+        if why := approval.overtaken(Settings.from_env(), self.pack, params["run"], params["version"]):
             raise AirflowSkipException(why)
         task = context["task_instance"]
         if task.try_number == task.max_tries - self.retries + 1:
@@ -103,8 +105,9 @@ class Ask(HITLOperator):
     def _ask(self, context: Any) -> NoReturn:
         from evergreen.loop import approval
 
+        params, web = context["params"], within_airflow("/evergreen")
         self.subject, self.body = approval.question(
-            Settings.from_env(), self.pack, context["params"]["run"], within_airflow("/evergreen")
+            Settings.from_env(), self.pack, params["run"], params["version"], web
         )
         with suppress(TaskAwaitingInput):  # parked like that, a task hears of a person and of the time-out alone
             super().execute(context)
@@ -115,6 +118,7 @@ class Ask(HITLOperator):
             trigger=AnswerBell(
                 pack=self.pack,
                 run=context["params"]["run"],
+                version=context["params"]["version"],
                 ti_id=context["task_instance"].id,
                 options=self.options,
                 defaults=self.defaults,
@@ -173,7 +177,7 @@ class StartApproval(BaseOperator):
         raise DagRunTriggerException(
             trigger_dag_id=self.asked,
             dag_run_id=self.asks,
-            conf={"run": run_id},
+            conf={"run": run_id, "version": promoted["version"]},
             logical_date=None,
             reset_dag_run=False,
             skip_when_already_exists=True,

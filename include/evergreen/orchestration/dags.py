@@ -51,6 +51,18 @@ BACK: dict[str, Param] = {
 """What a person says when asking for a rollback."""
 
 
+ASKED: dict[str, Param] = {
+    "run": Param(type="string", title="Run", description="The training run whose version waits."),
+    "version": Param(
+        None,
+        type=["null", "integer"],
+        title="Version",
+        description="The version that waits. Empty: the last that the run asked about.",
+    ),
+}
+"""What a question is about."""
+
+
 Build = Callable[[Pack], DAG | None]
 
 
@@ -152,7 +164,7 @@ def approval_dag(pack: Pack) -> DAG:
     # Several at once: the newer question is asked before the older one ends.
     with _dag(pack, "approval", None, max_active_runs=16) as dag:
         answer_task(pack)(ask_task(pack).output)
-    dag.params.update({"run": Param(type="string", title="Run", description="The training run whose version waits.")})
+    dag.params.update(ASKED)
     return dag
 
 

@@ -74,14 +74,16 @@ class AnswerBell(HITLTrigger):
     then failed, is found here.
     """
 
-    def __init__(self, *, pack: str, run: str, **more: Any) -> None:
+    def __init__(self, *, pack: str, run: str, version: int | None = None, **more: Any) -> None:
         super().__init__(**more)
         self.pack = pack
         self.run_id = run
+        self.version = version
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         _, more = super().serialize()
-        return f"{AnswerBell.__module__}.{AnswerBell.__qualname__}", {**more, "pack": self.pack, "run": self.run_id}
+        own = {"pack": self.pack, "run": self.run_id, "version": self.version}
+        return f"{AnswerBell.__module__}.{AnswerBell.__qualname__}", {**more, **own}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """One event."""
@@ -111,8 +113,8 @@ class AnswerBell(HITLTrigger):
 
         try:
             database = db.connect(Settings.from_env().database_url)
-            why = approval.overtaken(database, self.pack, self.run_id)
-            choice = approval.state(database, self.pack, self.run_id).body.get("choice", "reject")
+            why = approval.overtaken(database, self.pack, self.run_id, self.version)
+            choice = approval.state(database, self.pack, self.run_id, self.version).body.get("choice", "reject")
         except EvergreenError as error:  # a database that is away is asked again
             self.log.warning("whether the answer is still waited for cannot be told: %s", error)
             return None

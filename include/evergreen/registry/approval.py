@@ -2,7 +2,8 @@
 
 Everything about it is an event of kind `approval` of the training run that asks. The first is `asked`; one more ends it:
 `answered`, by a person or by the time-out, or `superseded`, by a newer challenger or by a champion that is no longer
-the one it was judged against. Whoever appends that second event decides; everybody else is told what it says.
+the one it was judged against. Whoever appends that second event decides; everybody else is told what it says. A run
+that is cleared may come to another version, and then asks about that one.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def ask(
     """
     pack = run.pack.name
     champion = registry.champion(pack)
-    if database.latest(pack, kind=KIND, run_id=run.id) is None:
+    last = database.latest(pack, kind=KIND, run_id=run.id)
+    if last is None or last.body["version"] != version:
         registry.judge(pack, version, verdict)
         registry.set_alias(pack, CHALLENGER, version)
         with database.chain(pack) as chain:
@@ -66,15 +68,19 @@ def ask(
 
 
 def retire(database: Database, registry: Registry, run: Run, champion: int) -> None:
-    """End what waits although `champion` was promoted meanwhile, by `run`."""
+    """End what waits although `champion`, which is not what it was judged against, was promoted meanwhile, by `run`."""
     pack = run.pack.name
-    for event in pending(database.events(pack, kind=KIND)):
-        if event.body["version"] != champion:
-            registry.drop_alias(pack, CHALLENGER, event.body["version"])
+    for event in _outdated(database, pack, champion):
+        registry.drop_alias(pack, CHALLENGER, event.body["version"])
     with database.chain(pack) as chain:
-        for event in pending(database.events(pack, kind=KIND)):
-            if event.body["version"] != champion:
-                _supersede(chain, event, run, f"version {champion} was promoted meanwhile")
+        for event in _outdated(database, pack, champion):
+            _supersede(chain, event, run, f"version {champion} was promoted meanwhile")
+
+
+def _outdated(database: Database, pack: str, champion: int | None) -> list[Event]:
+    """What waits although the champion is neither what it was judged against nor itself."""
+    waiting = pending(database.events(pack, kind=KIND))
+    return [event for event in waiting if champion not in (event.body["judged_against"], event.body["version"])]
 
 
 def _supersede(chain: Chain, asked: Event, by: Run, why: str) -> None:
@@ -84,7 +90,7 @@ def _supersede(chain: Chain, asked: Event, by: Run, why: str) -> None:
 
 def pending(events: list[Event]) -> list[Event]:
     """Of events of kind `approval`, those that ask and have no answer."""
-    last = {event.run_id: event for event in events}
+    last = {(event.run_id, event.body["version"]): event for event in events}
     return [event for event in last.values() if event.body["status"] == "asked"]
 
 
@@ -93,23 +99,29 @@ def is_owed(database: Database, event: Event) -> bool:
     if event.body["status"] != "answered":
         return False
     moved = database.latest(event.pack, kind=promotion.KIND, run_id=event.run_id)
-    return moved is None or moved.body["status"] not in ("done", "void")
+    return moved is None or moved.position < event.position or moved.body["status"] not in ("done", "void")
 
 
-def state(database: Database, pack: str, run_id: str) -> Event:
-    """The last event of the approval that a training run asked for. Raises RegistryError where it asked for none."""
-    found = database.latest(pack, kind=KIND, run_id=run_id)
+def newest(database: Database, pack: str, run_id: str | None, version: int | None = None) -> Event | None:
+    """The last event of the approval that a training run asked for, about `version` or whichever was last, or None."""
+    found = database.events(pack, kind=KIND, run_id=run_id, newest_first=True)
+    return next((event for event in found if version in (None, event.body["version"])), None)
+
+
+def state(database: Database, pack: str, run_id: str, version: int | None = None) -> Event:
+    """What `newest` finds. Raises RegistryError where the run asked for no approval."""
+    found = newest(database, pack, run_id, version)
     if found is None:
         raise RegistryError(
-            f"{pack}: the run {run_id!r} has not asked for approval",
+            f"{pack}: the run {run_id!r} has not asked for approval" + (f" of version {version}" if version else ""),
             fix=f"evergreen runs {pack} shows which version waits",
         )
     return found
 
 
-def overtaken(database: Database, pack: str, run_id: str) -> str | None:
+def overtaken(database: Database, pack: str, run_id: str, version: int | None = None) -> str | None:
     """Why nobody needs to answer any more; None while the answer is waited for."""
-    last = state(database, pack, run_id)
+    last = state(database, pack, run_id, version)
     if last.body["status"] != "asked":
         return said(last)
     moved = database.latest(pack, kind=promotion.MOVES)
@@ -119,8 +131,18 @@ def overtaken(database: Database, pack: str, run_id: str) -> str | None:
     return f"the champion is {_named(champion)} now; the verdict was against {_named(last.body['judged_against'])}"
 
 
-def answer(database: Database, registry: Registry, *, run: Run, answer: Answer | None, holder: str) -> Event:
+def answer(
+    database: Database,
+    registry: Registry,
+    *,
+    run: Run,
+    version: int | None = None,
+    answer: Answer | None,
+    holder: str,
+) -> Event:
     """Write down `answer` to what `run` asked, if it still waits, and do what was decided; → the event that ended it.
+
+    `version` is what was asked about, the last that `run` asked about where it is None.
 
     None answers nothing, and only does what was decided before or ends what was overtaken. An answer that comes after
     another changes nothing. `holder` takes the lease of the promotion: a retry of a dead one has its name.
@@ -128,9 +150,9 @@ def answer(database: Database, registry: Registry, *, run: Run, answer: Answer |
     pack = run.pack.name
     promotion.settle(database, registry, pack, holder=holder)
     with database.chain(pack) as chain:
-        last = state(database, pack, run.id)
+        last = state(database, pack, run.id, version)
         if last.body["status"] == "asked":
-            why = overtaken(database, pack, run.id)
+            why = overtaken(database, pack, run.id, last.body["version"])
             if answer is not None:
                 body = _ended(last, "answered", **answer.model_dump(mode="json"))
             elif why is not None:
@@ -146,8 +168,8 @@ def _carry_out(database: Database, registry: Registry, run: Run, ended: Event, h
     """Promote or reject the version, once, as the event says; either way it asks no longer."""
     pack, version = run.pack.name, ended.body["version"]
     if is_owed(database, ended):
-        asked = database.events(pack, kind=KIND, run_id=run.id, limit=1)[0]
-        gate = Verdict.model_validate(asked.body["verdict"])
+        asked = database.events(pack, kind=KIND, run_id=run.id, before=ended.position, newest_first=True)
+        gate = next(Verdict.model_validate(one.body["verdict"]) for one in asked if _asks(one, version))
         promotion.promote(
             database,
             registry,
@@ -159,6 +181,10 @@ def _carry_out(database: Database, registry: Registry, run: Run, ended: Event, h
         )
     if version not in {event.body["version"] for event in pending(database.events(pack, kind=KIND))}:
         registry.drop_alias(pack, CHALLENGER, version)
+
+
+def _asks(event: Event, version: int) -> bool:
+    return event.body["status"] == "asked" and event.body["version"] == version
 
 
 def said(ended: Event) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from evergreen.database import Database, Event
 from evergreen.errors import RegistryError, nearest
 from evergreen.history import values_of
+from evergreen.registry import approval
 from evergreen.registry.promotion import MOVES, ROLLBACK
 from evergreen.run import Value, count
 
@@ -170,11 +171,11 @@ def _reign(database: Database, moves: list[Event], event: Event, until: datetime
         verdict = intent.body["verdict"]
         begun = database.latest(event.pack, kind="run", run_id=event.run_id)
         answered = database.events(event.pack, kind=("intent", "decision"), run_id=event.run_id)
-        approval = database.latest(event.pack, kind="approval", run_id=event.run_id)
-        approved = approval is not None and approval.body["status"] == "answered"
+        answer = approval.newest(database, event.pack, event.run_id, body["version"]) if event.run_id else None
+        approved = answer is not None and answer.body["status"] == "answered"
         reign |= {
             "by": "person" if approved else "gate",
-            "who": approval.body["person"] if approval is not None and approved else None,
+            "who": answer.body["person"] if answer is not None and approved else None,
             "why": next(iter(verdict["reasons"]), ""),
             "as_of": begun.body["as_of"] if begun else None,
             "alerts": tuple(dict.fromkeys(str(one.key) for one in answered)),

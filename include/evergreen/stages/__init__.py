@@ -21,7 +21,7 @@ from evergreen.evaluation import gate
 from evergreen.evaluation.report import description
 from evergreen.keys import code_hash, note, perform, recorded
 from evergreen.pack import GateRules, Pack
-from evergreen.registry import approval, lineage, promotion
+from evergreen.registry import approval, ledger, lineage, promotion
 from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
     Evaluated,
@@ -391,7 +391,7 @@ def promote(run: Run, evaluated: Evaluated, registered: Registered) -> Promoted:
         if mine is not None and mine.body["status"] == "done":  # by an attempt of this run that was killed since
             verdict = _verdict_of(run, database)
             previous, after = mine.body["previous"], mine.body["champion"]
-            waits = _asks(verdict, pack.gate)  # a person may have answered by now
+            waits = approval.newest(database, pack.name, run.id, registered.version) is not None  # it may be answered
         elif champion is not None and champion.version == registered.version:
             verdict = Verdict(
                 decision="promote",
@@ -413,7 +413,7 @@ def promote(run: Run, evaluated: Evaluated, registered: Registered) -> Promoted:
                 judged_against=judged_against,
                 verdict=verdict,
             )
-        if after == registered.version:
+        if after == registered.version == ledger.champion(database, pack.name):  # long after, it need not be any more
             approval.retire(database, registry, run, after)
         if (mine := promotion.moved_by(database, run, registered.version)) is not None:
             checkpoint(run.settings, mine)
