@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import polars as pl
 import pytest
+from tests.faults.conftest import DAYS, FIRST
 
 from evergreen.errors import (
     EvaluationError,
@@ -35,6 +36,16 @@ def test_a_missing_column(home):
     home.write_day(NEW, lambda rows: rows.drop("wind"))
     home.refuses(SourceError, "lacks", as_of=NEXT, says=["012.parquet", "'wind'", "fix:"])
     assert mended(home, "lacks")["ingest"].data_until == NEXT
+
+
+def test_an_as_of_that_is_still_to_come(home):
+    """A day mistyped, not so far that the data would be too old: it makes no champion that nothing replaces until then."""
+    today = (datetime.now(UTC) - FIRST).days
+    for number in range(today - DAYS, today):
+        home.write_day(number)
+    soon = FIRST + timedelta(days=today + 2)
+    home.refuses(SourceError, "soon", as_of=soon, says=[f"as-of {soon:%Y-%m-%d} 00:00 is in the future", "--as-of"])
+    mended(home, "soon")
 
 
 def test_a_renamed_column(home):

@@ -70,6 +70,7 @@ def ingest(run: Run) -> Ingested:
     inputs = {"run": run.id, "as_of": run.as_of.isoformat(), "source": digest(source)}
 
     def act() -> Ingested:
+        reading.require_past(run)
         windows = Windows.ending(run.as_of, pack.data)
         known = reading.known_manifest(run, inputs["source"], store)
         manifest, late, unchanged = reading.observe(run, store, known, windows.whole)

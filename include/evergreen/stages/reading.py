@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from evergreen import database as db
 from evergreen.data import partitions, sources
 from evergreen.data.store import Store
 from evergreen.errors import SourceError, StaleDataError
-from evergreen.keys import WATCH, note
+from evergreen.keys import WATCH, note, on_the_clock
 from evergreen.pack import Pack, PythonSource
 from evergreen.run import Manifest, PartitionFile, Ref, Run, Window, Windows, count, period_name, step
 from evergreen.training import jobs
@@ -162,6 +162,21 @@ def _seen_until(run: Run) -> datetime | None:
     """Where the data ended when a run last looked; None when none has."""
     look = db.connect(run.settings.database_url).latest(run.pack.name, kind="stage", stage="ingest")
     return datetime.fromisoformat(look.body["value"]["data_until"]) if look is not None else None
+
+
+def require_past(run: Run) -> None:
+    """Raise SourceError for an as-of that is still to come, on the pack's clock too.
+
+    Its last partition would not be complete; and time only moves forward: what it made could be replaced by nothing until
+    then.
+    """
+    now = datetime.now(UTC)
+    there = on_the_clock(run.pack, now, db.connect(run.settings.database_url).made_at())
+    if run.as_of > max(now, there):
+        raise SourceError(
+            f"pack {run.pack.name}: as-of {run.as_of:%Y-%m-%d %H:%M} is in the future; it is {now:%Y-%m-%d %H:%M} UTC",
+            fix="give an --as-of that has passed, or none",
+        )
 
 
 def require_rows(run: Run, manifest: Manifest, windows: Windows) -> None:
