@@ -1,6 +1,6 @@
 """The approval DAG as Airflow gets it: one for each pack, whose question holds no slot and whose end is always told."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +42,26 @@ def test_nobody_in_time_means_no(packs, said, timeout):
 def test_nothing_of_a_report_is_a_template(packs):
     """What strangers wrote is shown, never rendered."""
     assert tuple(parse(APPROVAL).dags["apple__approval"].get_task("ask").template_fields) == ()
+
+
+@pytest.mark.parametrize(
+    ("sent", "comment"),
+    [
+        ({}, ""),
+        ({"comment": None}, ""),
+        ({"comment": "fresher"}, "fresher"),
+        ({"comment": "a null \0"}, "a null ?"),
+        ({"comment": 5}, '{"comment": 5}'),
+        ({"reason": "fresher", "ticket": 7}, '{"reason": "fresher", "ticket": 7}'),
+    ],
+)
+def test_a_choice_counts_whatever_was_sent_with_it(packs, sent, comment):
+    """Airflow's API takes any body beside an option, and its own operator would fail over it: it is kept as it came."""
+    ask = parse(APPROVAL).dags["apple__approval"].get_task("ask")
+    person = {"id": "7", "name": "ada"}
+    answered = {"chosen_options": ["promote"], "responded_at": datetime.now(UTC), "responded_by_user": person}
+    heard = ask.execute_complete({}, {**answered, "params_input": sent})
+    assert heard == {"choice": "promote", "person": "ada", "comment": comment}
 
 
 class Finished:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from airflow.sdk.exceptions import AirflowFailException
 
 from evergreen.laws import scaffold
 
@@ -261,3 +262,10 @@ def test_on_kubernetes_a_training_asks_for_the_gpu_that_its_pack_insists_on(pack
     assert ((config and config["pod_override"].spec.containers[0].resources.limits) or None) == asks
     assert not dag.get_task("evaluate").executor_config
     assert dag.get_task("train").queue == "gpu"
+
+
+@pytest.mark.parametrize("values", [{"ingested": None, "validated": None}, {"ingested": {}, "validated": None}])
+def test_a_stage_whose_input_was_marked_as_a_success_says_so(apple, values):
+    """A task that is marked by hand gives nothing: whoever needs what it would have given fails, for good."""
+    with pytest.raises(AirflowFailException, match=r"snapshot needs .*validated.*clear the task"):
+        apple.get_task("snapshot").python_callable(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ from airflow.sdk.exceptions import (
 from evergreen.orchestration.tasks import within_airflow
 from evergreen.orchestration.watchers import AnswerBell
 from evergreen.pack import Pack
-from evergreen.run import slug_of
+from evergreen.run import sayable, slug_of
 from evergreen.settings import Settings
 
 RETRY: dict[str, Any] = {"retries": 2, "retry_delay": timedelta(seconds=5)}
@@ -122,7 +123,7 @@ class Ask(HITLOperator):
                 ti_id=context["task_instance"].id,
                 options=self.options,
                 defaults=self.defaults,
-                params=self.serialized_params,
+                params={},  # what comes with an answer is not held to the form
                 timeout_datetime=context["task_instance"].start_date + self.response_timeout,
             ),
             method_name="execute_complete",
@@ -133,13 +134,20 @@ class Ask(HITLOperator):
             raise AirflowSkipException(why)
         if event.get("unasked"):
             self._ask(context)
-        heard = super().execute_complete(context, event)
+        heard = super().execute_complete(context, {**event, "params_input": {}})
         person = heard["responded_by_user"]
         return {
             "choice": heard["chosen_options"][0],
             "person": (person["name"] or person["id"]) if person else None,
-            "comment": heard["params_input"].get("comment") or "",
+            "comment": _comment(event["params_input"] or {}),
         }
+
+
+def _comment(sent: dict[str, Any]) -> str:
+    """What came with an answer: the comment; as JSON where it is another thing than the page sends, as the API may."""
+    comment = sent.get("comment") or ""
+    asked = sent.keys() <= {"comment"} and isinstance(comment, str)
+    return sayable(comment if asked else json.dumps(sent, sort_keys=True, ensure_ascii=False))
 
 
 class QuestionLink(BaseOperatorLink):
@@ -170,6 +178,8 @@ class StartApproval(BaseOperator):
 
     def execute(self, context: Any) -> None:
         promoted = context["ti"].xcom_pull(task_ids="promote")
+        if promoted is None:
+            raise AirflowFailException("promote gave nothing, being marked as a success by hand: clear it, so that it runs")
         if not promoted["waits"]:
             raise AirflowSkipException("nobody needs to be asked")
         run_id = context["dag_run"].run_id

@@ -75,6 +75,11 @@ def stage_task(pack: Pack, stage: str, kind: Literal["run", "watch"] = "run") ->
         doc_md=CHAIN[stage].__doc__,
     )
     def act(**values: Any) -> dict[str, Any]:
+        if missing := [name for name in takes if values[name] is None]:
+            raise AirflowFailException(
+                f"{stage} needs what the tasks before it give, and there is no {' and no '.join(missing)}: a task that is "
+                "marked as a success by hand gives nothing; clear the task, so that it runs"
+            )
         given = {name: kind.model_validate(values[name]) for name, kind in takes.items()}
         try:
             value = CHAIN[stage](current_run(pack.name, get_current_context(), kind), **given)
