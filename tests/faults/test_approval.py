@@ -70,6 +70,16 @@ def test_what_waits_is_overtaken_by_an_automatic_promotion(asking: Home) -> None
 
 
 @pytest.mark.slow
+def test_what_waits_is_ended_by_a_verdict_that_asks_nobody(asking: Home) -> None:
+    """The rules become stricter while a version waits, and the next run comes to it again: nobody can promote it any more."""
+    strict = {"promotion": "approval", "primary": {"metric": "roc_auc", "min": 0.999}}
+    asking.write(gate=strict)
+    assert asking.perform("second")["promote"].verdict.decision == "reject"
+    assert approval.overtaken(asking.settings, NAME, "first") == "superseded: the same version was judged again: reject"
+    assert asking.champion is None
+
+
+@pytest.mark.slow
 def test_a_run_that_changes_no_champion_ends_no_question(tmp_path: Path) -> None:
     """The run of an earlier promotion cleared under other rules, and a run that makes the champion again: both leave it.
 

@@ -179,7 +179,9 @@ class StartApproval(BaseOperator):
     def execute(self, context: Any) -> None:
         promoted = context["ti"].xcom_pull(task_ids="promote")
         if promoted is None:
-            raise AirflowFailException("promote gave nothing, being marked as a success by hand: clear it, so that it runs")
+            raise AirflowFailException(
+                "promote gave nothing, being marked as a success by hand: clear it, so that it runs"
+            )
         if not promoted["waits"]:
             raise AirflowSkipException("nobody needs to be asked")
         run_id = context["dag_run"].run_id

@@ -77,6 +77,14 @@ def retire(database: Database, registry: Registry, run: Run, champion: int) -> N
             _supersede(chain, event, run, f"version {champion} was promoted meanwhile")
 
 
+def rejudged(database: Database, run: Run, version: int, verdict: Verdict) -> None:
+    """End what asks about `version`, where `run` came to it again and to a verdict that is for nobody to give."""
+    with database.chain(run.pack.name) as chain:
+        for event in pending(database.events(run.pack.name, kind=KIND)):
+            if event.body["version"] == version:
+                _supersede(chain, event, run, f"the same version was judged again: {verdict.decision}")
+
+
 def _outdated(database: Database, pack: str, champion: int | None) -> list[Event]:
     """What waits although the champion is neither what it was judged against nor itself."""
     waiting = pending(database.events(pack, kind=KIND))
@@ -184,7 +192,7 @@ def _carry_out(database: Database, registry: Registry, run: Run, ended: Event, h
 
 
 def _asks(event: Event, version: int) -> bool:
-    return event.body["status"] == "asked" and event.body["version"] == version
+    return bool(event.body["status"] == "asked" and event.body["version"] == version)
 
 
 def said(ended: Event) -> str:

@@ -405,6 +405,8 @@ def promote(run: Run, evaluated: Evaluated, registered: Registered) -> Promoted:
             report = reports.of_version(run.settings, pack.name, registered.version, pack.description)
             registry.describe(pack.name, registered.version, description(report))
             waits = _asks(verdict, pack.gate)
+            if not waits:
+                approval.rejudged(database, run, registered.version, verdict)
             door = approval.ask if waits else promotion.promote
             after = door(
                 database,

@@ -183,6 +183,19 @@ def test_the_same_version_may_be_asked_about_again(door, given, home):
     assert door.aliases() == {"challenger": 1}
 
 
+def test_a_run_may_ask_about_another_version(door):
+    """Cleared after its first was promoted, it comes to a second: the answer to that is carried out as well."""
+    door.ask(1)
+    door.answer(1, YES)
+    first = door.run(1)
+    verdict = Verdict(decision="review", reasons=("the second",))
+    approval.ask(door.database, door.registry, run=first, version=2, judged_against=1, verdict=verdict)
+    approval.answer(door.database, door.registry, run=first, version=2, answer=YES, holder="the answer")
+    assert door.aliases() == {"champion": 2}
+    assert door.registry.lineage(door.model, 2)["verdict"]["reasons"][1:] == ["the second"]
+    assert approval.overtaken(door.database, door.model, first.id, 1) == "promoted by ada: fresher"
+
+
 def test_nobody_in_time_is_nobody(door):
     """The time-out rejects without a person."""
     door.ask(1)
