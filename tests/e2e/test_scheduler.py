@@ -273,18 +273,7 @@ def backfilled(home):
     until(lambda: [run for run in home.dag_runs("daily") if run["state"] == "success"])
     first, last = (f"{TODAY - timedelta(days=days):%Y-%m-%d}" for days in (12, 10))
     words = ("airflow", "backfill", "create", "--dag-id", "daily__train", "--from-date", first, "--to-date", last)
-
-    def asked():
-        """Where the scheduler writes at that instant, Airflow leaves nothing behind, and a person asks again."""
-        try:
-            home.evergreen(*words)
-        except AssertionError as error:
-            if "database is locked" not in str(error):
-                raise
-            return False
-        return True
-
-    until(asked)
+    home.evergreen(*words)
     until(
         lambda: len(past := of_type(home, "backfill")) == 3 and {run["state"] for run in past} <= {"success", "failed"}
     )

@@ -62,6 +62,8 @@ def environment(settings: Settings, given: Mapping[str, str] = os.environ) -> di
             name, value = line.split("=", 1)
             found[name] = value
     found |= {name: given[name] for name in found if name in given}
+    if found["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"].startswith("sqlite"):
+        found["AIRFLOW__DATABASE__SQL_ALCHEMY_CONNECT_ARGS"] = "evergreen.orchestration.sqlite.CONNECT_ARGS"
     # Where tasks reach the API server: Airflow assumes port 8080 whatever the port is.
     base_url = given.get("AIRFLOW__API__BASE_URL") or f"http://127.0.0.1:{found['AIRFLOW__API__PORT']}"
     return {**found, "AIRFLOW__API__BASE_URL": base_url}
