@@ -136,8 +136,9 @@ class Admitting(Home):
                 words = " ".join(process.cmdline())
                 kept = not keepers and "orchestration.keeper" in words
                 if not kept and any(re.search(rf"airflow {name}\b", words) for name in names):
-                    for each in [*process.children(recursive=True), process]:
-                        each.kill()
+                    for each in [process, *process.children(recursive=True)]:  # a keeper before it starts another
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            each.kill()
                     psutil.wait_procs([process], timeout=20)
 
     def start(self, name):
