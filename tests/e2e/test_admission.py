@@ -22,7 +22,7 @@ from evergreen.settings import Settings
 from evergreen.triggers import inbox
 from evergreen.triggers.inbox import NewAlert
 
-pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 
 DAGS = Path(__file__).parents[2] / "dags"
 TRIGGERS = "triggers: {on_new_data: true, admission: {cooldown: 0s}}"
@@ -193,7 +193,7 @@ def home(tmp_path_factory):
         home.pause("paused", paused=False)
         home.start("scheduler")
         for pack in ("swept", "lost", "paused", *KILLED):
-            until(lambda pack=pack: home.finals(pack) and home.begun(pack), timeout_s=150)
+            until(lambda pack=pack: home.finals(pack) and home.begun(pack))
         yield home
     finally:
         home.down()

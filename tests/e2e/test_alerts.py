@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 from tests.e2e.test_scheduler import DAYS, EVERGREEN, PACK, TODAY, Home, until, write_pack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 TRIGGERS = "triggers: {on_new_data: true, admission: {cooldown: 0s}}"
@@ -92,11 +92,11 @@ def test_what_the_monitor_sees_becomes_a_training(home):
     conf = {"as_of": TODAY.isoformat()}
     asked = home.airflow.post("/api/v2/dags/turned__monitor/dagRuns", json={"logical_date": None, "conf": conf})
     assert asked.is_success, asked.text
-    found = until(lambda: home.evergreen("alerts", "turned", "--json"), timeout_s=240)
+    found = until(lambda: home.evergreen("alerts", "turned", "--json"))
     assert [(each["sender"], each["as_of"]) for each in found] == [("monitor", TODAY.isoformat())]
     decided = final(home, "turned")
     assert (decided["outcome"], decided["rule"]) == ("retrain", "retrain")
-    until(lambda: run_of(home, "turned", decided["alert"])["outcome"] != "running", timeout_s=240)
+    until(lambda: run_of(home, "turned", decided["alert"])["outcome"] != "running")
     run = run_of(home, "turned", decided["alert"])
     assert re.match(r"monitor: roc_auc is 0\.\d+, 0\.\d+ at promotion: worse by ", run["reason"]), run["reason"]
     assert (run["outcome"] == "failed", run["version"], run["as_of"]) == (False, 2, TODAY.isoformat())
@@ -105,7 +105,7 @@ def test_what_the_monitor_sees_becomes_a_training(home):
         runs = {each["dag_run_id"]: each for each in home.dag_runs("turned")}
         return runs[run["run_id"]] if runs[run["run_id"]]["state"] in ("success", "failed") else None
 
-    asked_for = until(ended, timeout_s=240)
+    asked_for = until(ended)
     assert (asked_for["state"], asked_for["conf"]["reason"]) == ("success", run["reason"])
 
 

@@ -27,14 +27,11 @@ from evergreen.settings import Settings
 pytestmark = [
     pytest.mark.fault,  # two minutes of a browser: too long for make test
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
 ]
 PACK = "asks"
 PRIMARY = "primary: {metric: roc_auc, min: 0.5"
 PATIENT = f"promotion: approval\n  {PRIMARY}"
-PATIENCE_S = 240.0
-"""A whole training lies between two of the states that are waited for."""
 HASTY = f"promotion: approval\n  approval_timeout: 1s\n  {PRIMARY}"
 
 
@@ -115,10 +112,10 @@ class Asking(Home):
     def waits(self, approval):
         """Until the task sleeps and its page has a question."""
         asked = f"/api/v2/dags/{PACK}__approval/dagRuns/{approval}/hitlDetails"
-        until(lambda: self.state(approval, "ask") == "deferred" and self.get(asked)["hitl_details"], PATIENCE_S)
+        until(lambda: self.state(approval, "ask") == "deferred" and self.get(asked)["hitl_details"])
 
     def ended(self, approval):
-        return until(lambda: (state := self.state(approval)) in ("success", "failed") and state, PATIENCE_S)
+        return until(lambda: (state := self.state(approval)) in ("success", "failed") and state)
 
     def go_back(self, why):
         """A run of the rollback DAG, asked for through the REST API, when it has ended."""
@@ -127,7 +124,7 @@ class Asking(Home):
         asked = self.airflow.post(f"{dag}/dagRuns", json={"logical_date": None, "conf": {"why": why}})
         assert asked.is_success, asked.text
         run = f"{dag}/dagRuns/{asked.json()['dag_run_id'].replace('+', '%2B')}"
-        return until(lambda: (found := self.get(run))["state"] in ("success", "failed") and found, PATIENCE_S)
+        return until(lambda: (found := self.get(run))["state"] in ("success", "failed") and found)
 
     def events(self, run):
         return [event.body for event in self.database.events(PACK, kind="approval", run_id=run)]

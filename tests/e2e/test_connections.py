@@ -13,7 +13,7 @@ from sqlalchemy.engine import make_url
 
 from evergreen.orchestration import connections
 
-pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 
 EVERGREEN = str(Path(sys.executable).with_name("evergreen"))
 PACK = """

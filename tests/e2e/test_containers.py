@@ -13,7 +13,7 @@ import pytest
 
 from evergreen.settings import Settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 PACK = Settings.from_env({}).packs / "digits"
 EVERGREEN = Path(sys.executable).parent / "evergreen"

@@ -20,7 +20,7 @@ from evergreen.run import Promoted, Window
 from evergreen.settings import Settings
 from evergreen.triggers import senders
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 EVERGREEN = Path(sys.executable).parent / "evergreen"
 NAME = "flight_delay"

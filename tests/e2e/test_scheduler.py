@@ -19,11 +19,13 @@ import polars as pl
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 EVERGREEN = str(Path(sys.executable).with_name("evergreen"))
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 DAYS = 40
+PATIENCE_S = 600.0
+"""For a whole training on a machine that has much else to do; nothing is judged by it."""
 
 PACK = """
 description: Is it more?
@@ -93,9 +95,9 @@ def free_port():
         return trial.getsockname()[1]
 
 
-def until(condition, timeout_s=180.0):
+def until(condition):
     """What the condition gives as soon as it is true."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + PATIENCE_S
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not become true in time"
         time.sleep(0.1)
@@ -257,7 +259,7 @@ def killed_while_training(home, go):
     )
     still = home.job("waits")
     go.touch()
-    output, _ = asked.communicate(timeout=120)
+    output, _ = asked.communicate(timeout=PATIENCE_S)
     return {
         "status": asked.returncode,
         "output": output,
@@ -277,7 +279,7 @@ def backfilled(home):
     until(
         lambda: len(past := of_type(home, "backfill")) == 3 and {run["state"] for run in past} <= {"success", "failed"}
     )
-    runs = home.evergreen("runs", "daily", "--json")
+    runs = [run for run in home.evergreen("runs", "daily", "--json") if run["reason"] == "a backfill"]
     return {
         "dag runs": of_type(home, "backfill"),
         "runs": runs,
@@ -288,10 +290,6 @@ def backfilled(home):
 
 def of_type(home, kind):
     return [run for run in home.dag_runs("daily") if run["run_type"] == kind]
-
-
-def past(story):
-    return [run for run in story["backfill"]["runs"] if run["reason"] == "a backfill"]
 
 
 def test_up_gives_the_addresses_of_airflow_and_mlflow(story):
@@ -372,20 +370,20 @@ def test_a_backfilled_run_sees_its_own_past_only(story):
     """The data of each ends at its own as-of, which is its interval's."""
     days = sorted(f"{TODAY - timedelta(days=days):%Y-%m-%d}" for days in (12, 11, 10))
     lineage = story["backfill"]["lineage"]
-    seen = {run["as_of"][:10]: lineage[run["run_id"]]["data_until"][:10] for run in past(story)}
+    seen = {run["as_of"][:10]: lineage[run["run_id"]]["data_until"][:10] for run in story["backfill"]["runs"]}
     assert seen == {day: day for day in days}
 
 
 def test_a_backfill_deposes_no_newer_champion(story):
-    """The champion stays the version that was made as of today, or of tomorrow where midnight came in between."""
+    """The champion stays one that was made as of today, or of tomorrow where midnight came in between."""
     champion = story["backfill"]["champion"]
-    assert champion["version"] == 1
+    assert champion["version"] not in {run["version"] for run in story["backfill"]["runs"]}
     assert champion["as_of"][:10] >= f"{TODAY:%Y-%m-%d}"
 
 
 def test_a_backfilled_version_says_why_it_is_no_champion(story):
     """Registered and evaluated, and rejected for its as-of."""
-    verdicts = [story["backfill"]["lineage"][run["run_id"]]["verdict"] for run in past(story)]
+    verdicts = [story["backfill"]["lineage"][run["run_id"]]["verdict"] for run in story["backfill"]["runs"]]
     assert [verdict["decision"] for verdict in verdicts] == ["reject"] * 3
     assert all("time only moves forward" in " ".join(verdict["reasons"]) for verdict in verdicts)
 

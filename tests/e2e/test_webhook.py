@@ -15,7 +15,7 @@ from evergreen import database as db
 from evergreen.errors import AlertError
 from evergreen.triggers import senders, signatures
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 ROUTES = """
 import json, sys
@@ -55,13 +55,15 @@ def token(server):
     """A token of Airflow's own."""
     file = server.settings.home / "airflow" / "simple_auth_manager_passwords.json.generated"
     (user, password), *_ = json.loads(file.read_text(encoding="utf-8")).items()
-    answer = httpx.post(f"{server.url}/auth/token", json={"username": user, "password": password}, trust_env=False)
+    account = {"username": user, "password": password}
+    answer = httpx.post(f"{server.url}/auth/token", json=account, timeout=60, trust_env=False)
     return answer.json()["access_token"]
 
 
 def asked(server, method, path, token=None):
     headers = {"authorization": f"Bearer {token}"} if token else {}
-    return httpx.request(method, server.url + path.replace("{pack}", "digits"), headers=headers, trust_env=False)
+    address = server.url + path.replace("{pack}", "digits")
+    return httpx.request(method, address, headers=headers, timeout=60, trust_env=False)
 
 
 def kept(server):
@@ -108,9 +110,9 @@ def test_a_sender_made_while_it_runs_is_known_at_once(server):
 
     def status(secret):
         headers = {"authorization": f"Bearer {secret}", "content-type": "application/json"}
-        return httpx.post(
-            f"{server.url}/evergreen/alerts/digits", content=b'{"reason": "x"}', headers=headers, trust_env=False
-        ).status_code
+        address = f"{server.url}/evergreen/alerts/digits"
+        body = b'{"reason": "x"}'
+        return httpx.post(address, content=body, headers=headers, timeout=60, trust_env=False).status_code
 
     assert status(first) == 202
     for _ in range(2):

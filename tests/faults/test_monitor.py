@@ -38,7 +38,7 @@ from evergreen.triggers import senders
 
 TASKS = ("ingest", "validate", "monitor")
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.fault
 
 
 def make(root) -> Home:

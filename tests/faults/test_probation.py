@@ -27,7 +27,7 @@ from evergreen.loop.probation import standing, withdraw
 from evergreen.registry import ledger, promotion
 from evergreen.run import Ref, Verdict, Window
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.fault
 
 DAY = timedelta(days=1)
 CLOCK = {"start": f"{AS_OF:%Y-%m-%d}", "speed": 0.001}

@@ -24,7 +24,7 @@ from evergreen.registry import ledger, promotion
 from evergreen.run import Ref, Verdict
 from evergreen.stages.judging import rejudge
 
-pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 DAY = timedelta(days=1)
 EVERGREEN = Path(sys.executable).parent / "evergreen"

@@ -17,7 +17,7 @@ from evergreen.errors import StageError
 from evergreen.run import Evaluated, Ref
 from evergreen.stages.judging import rejudge
 
-pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 
 GATE = {
     "primary": {"metric": "roc_auc", "min": 0.6, "margin": 0.2},

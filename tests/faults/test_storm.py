@@ -12,7 +12,7 @@ from evergreen.errors import AlertError
 from evergreen.settings import Settings
 from evergreen.triggers import inbox, senders, signatures
 
-pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 
 AT_ONCE = 50
 VICTIMS = ["scheduler", "api.server", "triggerer"]
@@ -32,7 +32,7 @@ class Storm(Admitting):
             with contextlib.suppress(AlertError):
                 return signatures.post(address, "storm", secret, message, id=f"message-{number}")["alert"]
 
-        return until(answered, timeout_s=300)
+        return until(answered)
 
 
 def weather(home, count, *, bell, postgres=None, kills):
@@ -62,8 +62,8 @@ def weather(home, count, *, bell, postgres=None, kills):
 
 def look(home, answers):
     """What is to hold after any weather."""
-    until(lambda: len(home.finals("storm")) >= len(answers), timeout_s=400)
-    until(lambda: home.begun("storm"), timeout_s=200)
+    until(lambda: len(home.finals("storm")) >= len(answers))
+    until(lambda: home.begun("storm"))
     kept = [event.key for event in home.database.events("storm", kind="alert")]
     decisions = [event for event in home.database.events("storm", kind="decision") if event.body["outcome"] != "hold"]
     assert sorted(kept) == sorted(answers.values()), "all that was answered was kept, and each once"
