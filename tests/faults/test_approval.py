@@ -69,6 +69,7 @@ def test_what_waits_is_overtaken_by_an_automatic_promotion(asking: Home) -> None
     assert asking.database.first_bad(NAME) is None
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_what_waits_is_ended_by_a_verdict_that_asks_nobody(asking: Home) -> None:
     """The rules become stricter while a version waits, and the next run comes to it again: nobody can promote it any more."""
@@ -79,6 +80,7 @@ def test_what_waits_is_ended_by_a_verdict_that_asks_nobody(asking: Home) -> None
     assert asking.champion is None
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_a_run_that_changes_no_champion_ends_no_question(tmp_path: Path) -> None:
     """The run of an earlier promotion cleared under other rules, and a run that makes the champion again: both leave it.
@@ -103,6 +105,7 @@ def test_a_run_that_changes_no_champion_ends_no_question(tmp_path: Path) -> None
     assert (home.champion.version, history_of(home.database, "fourth")["outcome"]) == (2, "waiting")
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_a_cleared_run_asks_about_the_version_that_it_makes_now(asking: Home) -> None:
     """Cleared after the pack was mended, it makes another version: that one waits, in place of the first."""

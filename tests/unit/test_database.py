@@ -1,7 +1,9 @@
 """Claims about the events table and leases, on real SQLite files."""
 
 import contextlib
+import multiprocessing
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ from datetime import UTC, datetime
 import pytest
 import sqlalchemy as sa
 
-from evergreen.database import HEAD, Database, connect
+from evergreen.database import HEAD, Database, _write_ahead, connect
 from evergreen.errors import DatabaseError, LeaseHeldError
 
 
@@ -271,3 +273,24 @@ def test_the_migrations_make_the_tables_the_code_expects(database):
     assert made == {name: set(table.columns.keys()) for name, table in metadata.tables.items()}
     with database.engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == HEAD
+
+
+def test_a_new_file_is_opened_by_many_at_once(tmp_path):
+    """SQLite refuses all but one of those that change its mode at the same moment; none of ours fails."""
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(8)
+
+    def work():
+        for number in range(30):
+            start.wait(60)
+            with contextlib.closing(sqlite3.connect(tmp_path / f"{number}.db", timeout=60)) as connection:
+                connection.isolation_level = None
+                _write_ahead(connection)
+                connection.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER)")
+
+    workers = [fork.Process(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 8

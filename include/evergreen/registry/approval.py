@@ -1,13 +1,14 @@
 """A person's word on a challenger: asked for once, answered once, then done through the one door (`promotion.py`).
 
 Everything about it is an event of kind `approval` of the training run that asks. The first is `asked`; one more ends it:
-`answered`, by a person or by the time-out, or `superseded`, by a newer challenger or by a champion that is no longer
-the one it was judged against. Whoever appends that second event decides; everybody else is told what it says. A run
+`answered`, by a person or by the time-out, or `superseded`, by a newer challenger, by one of fresher data that waits
+already, or by a champion that is no longer the one it was judged against. Whoever appends that second event decides; everybody else is told what it says. A run
 that is cleared may come to another version, and then asks about that one.
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Literal
 
 from evergreen.database import Chain, Database, Event
@@ -49,22 +50,35 @@ def ask(
 ) -> int | None:
     """Have `version` wait for a person's answer, in place of whatever waited before; → the champion, which stays.
 
-    The alias `challenger` goes to it. Again after any kill, it ends as an undisturbed call would.
+    The alias `challenger` goes to what waits. A challenger that was made as of later than this one goes on waiting, and
+    this one does not: time only moves forward. Again after any kill, it ends as an undisturbed call would.
     """
     pack = run.pack.name
     champion = registry.champion(pack)
     last = database.latest(pack, kind=KIND, run_id=run.id)
     if last is None or last.body["version"] != version:
         registry.judge(pack, version, verdict)
-        registry.set_alias(pack, CHALLENGER, version)
         with database.chain(pack) as chain:
-            for event in pending(database.events(pack, kind=KIND)):
+            waiting = pending(database.events(pack, kind=KIND))
+            fresher = [event for event in waiting if _as_of(database, event) > run.as_of]
+            for event in waiting if not fresher else ():
                 again = event.body["version"] == version
                 newer = "the same version was judged again" if again else f"version {version} is newer"
                 _supersede(chain, event, run, f"{newer}, and waits for approval")
             body = {"status": "asked", "version": version, "judged_against": judged_against}
-            chain.append(KIND, {**body, "verdict": verdict.model_dump(mode="json")}, run_id=run.id)
+            asked = chain.append(KIND, {**body, "verdict": verdict.model_dump(mode="json")}, run_id=run.id)
+            for event in fresher[:1]:
+                why = f"version {event.body['version']} was made as of later, and waits for approval"
+                _supersede(chain, asked, run, why)
+    for event in pending(database.events(pack, kind=KIND)):
+        registry.set_alias(pack, CHALLENGER, event.body["version"])
     return champion.version if champion else None
+
+
+def _as_of(database: Database, event: Event) -> datetime:
+    """Of the run that asks."""
+    begun = database.latest(event.pack, kind="run", run_id=event.run_id)
+    return datetime.fromisoformat(begun.body["as_of"]) if begun else datetime.min.replace(tzinfo=UTC)
 
 
 def retire(database: Database, registry: Registry, run: Run, champion: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
+
 import pytest
 
 from evergreen.database import Database
@@ -31,11 +34,17 @@ class Door:
         self.database, self.registry, self.model = database, registry, model
         self.run = lambda version: given.run_of(model, f"run of {version}", given.settings_at(home))
 
-    def ask(self, version: int, judged_against: int | None = None) -> int | None:
+    def ask(self, version: int, judged_against: int | None = None, older: timedelta = timedelta(0)) -> int | None:
+        """`older`: how much earlier than the others' the as-of of its run is."""
+        run = self.run(version)
+        run = replace(run, as_of=run.as_of - older)
+        if self.database.latest(self.model, kind="run", run_id=run.id) is None:
+            with self.database.chain(self.model) as chain:
+                chain.append("run", {"as_of": run.as_of.isoformat()}, run_id=run.id)
         return approval.ask(
             self.database,
             self.registry,
-            run=self.run(version),
+            run=run,
             version=version,
             judged_against=judged_against,
             verdict=REVIEW,
@@ -120,6 +129,16 @@ def test_no_answer_ends_nothing(door):
     """A question whose task died goes on waiting."""
     door.ask(1)
     assert (door.answer(1, None), door.aliases()) == ("waits for approval", {"challenger": 1})
+
+
+def test_a_challenger_of_older_data_supersedes_nobody(door):
+    """A backfill that comes to a question while a fresher one is open: the fresher goes on waiting, and is the challenger."""
+    door.ask(1)
+    door.ask(2, older=timedelta(days=30))
+    assert door.overtaken(1) is None
+    assert door.overtaken(2) == "superseded: version 1 was made as of later, and waits for approval"
+    assert (door.aliases(), door.answer(1, YES)) == ({"challenger": 1}, "promoted by ada: fresher")
+    assert door.aliases() == {"champion": 1}
 
 
 def test_a_newer_challenger_supersedes(door):
