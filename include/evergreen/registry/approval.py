@@ -2,8 +2,8 @@
 
 Everything about it is an event of kind `approval` of the training run that asks. The first is `asked`; one more ends it:
 `answered`, by a person or by the time-out, or `superseded`, by a newer challenger, by one of fresher data that waits
-already, or by a champion that is no longer the one it was judged against. Whoever appends that second event decides; everybody else is told what it says. A run
-that is cleared may come to another version, and then asks about that one.
+already, or by a champion that is no longer the one it was judged against. Whoever appends that second event decides;
+everybody else is told what it says. A run that is cleared may come to another version, and then asks about that one.
 """
 
 from __future__ import annotations
