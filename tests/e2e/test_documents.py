@@ -78,7 +78,7 @@ def test_the_guides_have_commands():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GUIDES[:2], ids=str)
+@pytest.mark.parametrize("name", [GUIDES[0], pytest.param(GUIDES[1], marks=pytest.mark.fault)], ids=str)
 def test_commands_work(copy, name):
     """Every command that a reader is asked to type succeeds, in order, in a fresh copy; and says what README shows."""
     said = {}

@@ -115,6 +115,7 @@ def test_the_terminal_shows_a_look(settings):
     assert [run["run_id"] for run in json.loads(evergreen(settings, "runs", NAME, "--json"))] == ["first"]
 
 
+@pytest.mark.fault  # README's own look back is part of make test
 def test_the_terminal_looks_backwards(settings):
     """Every look of a history, with today's champion and rules: which kinds, and how often each rule would have fired."""
     words = ("drift", NAME, "--since", "2013-04-08", "--as-of", "2013-07-01", "--every", "84d")
