@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from airflow.sdk.exceptions import AirflowFailException
@@ -269,3 +270,21 @@ def test_a_stage_whose_input_was_marked_as_a_success_says_so(apple, values):
     """A task that is marked by hand gives nothing: whoever needs what it would have given fails, for good."""
     with pytest.raises(AirflowFailException, match=r"snapshot needs .*validated.*clear the task"):
         apple.get_task("snapshot").python_callable(**values)
+
+
+def test_who_asks_first_is_on_the_packs_clock(packs):
+    """A run asked for before anybody had made the home, as right after `make up`, is as of the clock's start."""
+    from evergreen.orchestration.tasks import current_run
+
+    change(packs, "apple", "data:", "clock: {start: 2013-04-01, speed: 1440}\ndata:")
+    asked = datetime.now(UTC)
+    runs = {
+        kind: SimpleNamespace(run_id=kind, run_type=kind, logical_date=date, run_after=asked)
+        for kind, date in (("manual", None), ("scheduled", asked), ("backfill", datetime(2013, 1, 5, tzinfo=UTC)))
+    }
+    as_of = {kind: current_run("apple", {"dag_run": run, "params": {}}).as_of for kind, run in runs.items()}
+    assert {kind: f"{at:%Y-%m-%d}" for kind, at in as_of.items()} == {
+        "manual": "2013-04-01",
+        "scheduled": "2013-04-01",
+        "backfill": "2013-01-05",
+    }

@@ -237,8 +237,8 @@ def current_run(pack_name: str, context: Any, kind: Literal["run", "watch"] = "r
     dag_run, params = context["dag_run"], context["params"]
     run_type = str(getattr(dag_run.run_type, "value", dag_run.run_type))
     scheduled = dag_run.logical_date or dag_run.run_after
-    if run_type == "scheduled":
-        # The first tick may lie before the home was made; unlike a backfill, it means now.
+    if run_type == "scheduled" or dag_run.logical_date is None:
+        # The first tick, or who asks first, may come before the home was made; unlike a backfill, they mean now.
         scheduled = max(scheduled, db.connect(settings.database_url).made_at())
     return keys.begin(
         settings,
