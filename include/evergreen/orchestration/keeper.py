@@ -16,7 +16,10 @@ from datetime import UTC, datetime
 
 LONGEST_PAUSE_S = 60.0
 READY_WITHIN_S = 600.0
-"""What has not ended is still on its way there, on a machine however slow. Whoever brought it up has given up by then, or was stopped before it could say how it went."""
+"""What has not ended is still on its way there, on a machine however slow.
+
+Whoever brought it up has given up by then, or was stopped before it could say how it went.
+"""
 
 
 class Keeper:

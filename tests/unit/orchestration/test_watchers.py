@@ -5,6 +5,9 @@ import itertools
 import threading
 
 import pytest
+from airflow.providers.standard.triggers import hitl
+from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
+from airflow.sdk.execution_time.comms import ErrorResponse
 
 from evergreen import database as db
 from evergreen.orchestration import watchers
@@ -113,3 +116,28 @@ def test_looking_does_not_hold_up_the_triggerer(monkeypatch):
     monkeypatch.setattr(watchers, "_due", look)
     with pytest.raises(Over):
         asyncio.run(listen())
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_where_no_question_stands_the_task_is_woken_to_ask_it(status, tmp_path, monkeypatch):
+    """A try that listens first, because one before it failed, hears that there is nothing to answer; no other error is that."""
+    monkeypatch.setenv("EVERGREEN_HOME", str(tmp_path))
+
+    def look(ti_id):
+        raise AirflowRuntimeError(ErrorResponse(error=ErrorType.API_SERVER_ERROR, detail={"status_code": status}))
+
+    monkeypatch.setattr(hitl, "get_hitl_detail_content_detail", look)
+    bell = watchers.AnswerBell(
+        pack="apple",
+        run="manual",
+        version=1,
+        ti_id="1",
+        options=["promote", "reject"],
+        params={},
+        timeout_datetime=None,
+    )
+    if status == 404:
+        assert asyncio.run(anext(aiter(bell.run()))).payload == {"unasked": True}
+    else:
+        with pytest.raises(AirflowRuntimeError):
+            asyncio.run(anext(aiter(bell.run())))
