@@ -1,16 +1,24 @@
 """What every test may ask for."""
 
 import contextlib
+import shutil
+import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from tests import containers
 from tests.remotes import Bucket, Remote, Site
 from tests.servers import S3, MissingError, Postgres
 from tests.web import serving
 from xdist.scheduler import LoadFileScheduling
+
+# A busy machine fails no test, and every run tries the same examples.
+hypothesis.settings.register_profile("evergreen", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("evergreen")
 
 AIRFLOWS = {
     f"tests/{file}.py" for file in ("e2e/test_admission", "e2e/test_alerts", "e2e/test_approval", "e2e/test_monitor")
@@ -38,6 +46,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneAirflowAtATime:
     return OneAirflowAtATime(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the skipped tests by the reason of each, so that nobody takes a skipped test for a passed one."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, number in reasons.most_common():
+        terminalreporter.write_line(f"skipped {number}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def compose() -> None:
+    """Skip the test where Docker has no Compose; a client without the plugin answers each `docker compose` with an error."""
+    command = ["docker", "compose", "version"]
+    if not shutil.which("docker") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("Docker's Compose plugin is not installed (of Docker's packages: docker-compose-plugin)")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,11 +18,6 @@ PINS = dict(
     if re.match(r"\w+=", line)
 )
 INSTRUCTION = re.compile(r"(?m)^([A-Z]+) (.*(?:\\\n.*)*)")
-with_compose = pytest.mark.skipif(
-    not shutil.which("docker")
-    or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode != 0,
-    reason="Docker's Compose is not installed",
-)
 
 
 class Loader(yaml.SafeLoader):
@@ -150,7 +144,7 @@ def test_every_locked_package_has_a_hash():
     assert {name for name, rest in packages if "--hash=sha256:" not in rest} <= {"torch"}
 
 
-@with_compose
+@pytest.mark.usefixtures("compose")
 @pytest.mark.parametrize("overlays", [[], *([file] for file in OVERLAYS), OVERLAYS], ids=str)
 def test_compose_accepts_the_files(overlays, tmp_path):
     """The stack alone, with each overlay, and with all of them."""
@@ -173,7 +167,7 @@ def test_compose_accepts_the_files(overlays, tmp_path):
     assert {"init", "worker", "worker-gpu"} <= json.loads(done.stdout)["services"].keys()
 
 
-@with_compose
+@pytest.mark.usefixtures("compose")
 def test_only_tls_is_published_off_loopback(tmp_path):
     """EVERGREEN_LISTEN publishes the service `tls` alone: not one plain port, nor what asks nobody who they are."""
     (tmp_path / "image.env").touch()

@@ -3,7 +3,6 @@
 import http.client
 import json
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -488,10 +487,9 @@ def test_who_waits_no_more_is_forgotten(here):
         time.sleep(0.01)
 
 
+@pytest.mark.usefixtures("compose")
 def test_of_the_stacks_services_the_door_alone_has_the_engines_socket(tmp_path):
     """By the overlay, and without a network; `worker-gpu` alone can ask it, and the stack as it is has no door at all."""
-    if not shutil.which("docker"):
-        pytest.skip("no Docker Compose here")
     project = Path(evergreen.__file__).parents[2]
     (tmp_path / "image.env").touch()
     found = {}

@@ -557,7 +557,7 @@ def test_a_champion_without_version_is_called_the_champion():
 BOUND = st.one_of(st.none(), st.floats(-1, 1, allow_nan=False))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     figure=st.one_of(st.none(), st.floats()),
     floor=st.one_of(st.none(), st.floats(0, 1)),

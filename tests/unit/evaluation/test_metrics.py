@@ -112,7 +112,7 @@ def test_calibration_error_of_a_constant_is_its_distance_from_the_rate():
     assert score("binary", truth, np.full(100, 0.4))["calibration_error"] == pytest.approx(0.1, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.booleans(), st.integers(0, 1000)), min_size=2, max_size=60).filter(
         lambda rows: len({truth for truth, _ in rows}) == 2
@@ -129,7 +129,7 @@ def test_ranking_metrics_do_not_change_under_monotone_maps(rows, power):
     assert figures(before, "average_precision", one) == figures(after, "average_precision", one)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["binary", "multiclass", "regression"]))
 def test_the_order_of_rows_does_not_matter(seed, task):
     """Rows in another order are the same evaluation."""
@@ -214,7 +214,7 @@ def test_rows_that_cannot_be_judged_are_refused(case):
         score(task, truth, predicted, classes)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.5, 0.8, 1]))
 def test_precision_at_a_recall_is_scikit_learns_step(seed, target):
     """The precision of the highest threshold of scikit-learn's curve that finds so many, ties and weights included."""

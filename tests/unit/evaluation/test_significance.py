@@ -109,7 +109,7 @@ def test_the_interval_of_a_mean_is_the_textbooks():
     assert (found.low, found.high) == pytest.approx((means.mean() - half, means.mean() + half), abs=1e-12)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 8))
 def test_a_model_does_not_differ_from_itself(seed, count):
     """The paired difference of identical predictions is exactly 0, and so is the width of its interval."""

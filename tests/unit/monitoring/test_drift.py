@@ -132,7 +132,7 @@ def test_wasserstein_counts_in_standard_deviations_of_the_reference():
     assert column(beside({"x": reference}, {"x": reference + 3})).wasserstein == pytest.approx(1.5, rel=0.02)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 1000), st.floats(0.01, 100), st.floats(-100, 100))
 def test_what_moved_does_not_depend_on_the_unit_of_both(seed, scale, offset):
     """The same change of scale and origin on both sides changes no measure."""
@@ -660,7 +660,7 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(values, values)
 @example([1e307, -1e307] * 20, [5e-324] * 20)
 @example([5e-324] * 20, [1e307, -1e307] * 20)

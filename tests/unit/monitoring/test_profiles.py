@@ -178,7 +178,7 @@ def test_a_type_that_no_partition_keeps_is_refused_by_name():
 # Many values: within the bound that the profile names.
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(SHAPES), st.integers(POINTS // 2, 20_000), st.integers(0, 2**32 - 1))
 def test_no_rank_is_farther_off_than_the_profile_says(shape, rows, seed):
     drawn_rows = drawn(shape, rows, seed)
@@ -198,7 +198,7 @@ def test_a_value_that_many_rows_share_keeps_its_exact_count():
         assert found.weights[np.searchsorted(found.values, value)] == (rows == value).sum()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.sampled_from(SHAPES), min_size=2, max_size=8), st.data())
 def test_a_merge_is_within_its_bound_of_all_rows_and_does_not_depend_on_their_order(shapes, data):
     seed = data.draw(st.integers(0, 2**32 - 1))
@@ -279,7 +279,7 @@ def test_a_column_that_some_days_lack_has_the_rows_of_the_others():
 # Categories beyond those kept.
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(1.05, 2.0))
 def test_no_category_is_understated_by_more_than_the_profile_says(seed, parts, steepness):
     rng = np.random.default_rng(seed)

@@ -175,7 +175,7 @@ usual = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(changes=st.dictionaries(keys, json_values, max_size=3) | usual)
 def test_whatever_is_asked_what_passes_has_only_allowed_values(changes):
     """For any JSON in the place of any of its parts: it is refused, or it is a job within its limits and nothing else."""
@@ -194,7 +194,7 @@ def test_whatever_is_asked_what_passes_has_only_allowed_values(changes):
     assert host == {k: v for k, v in container(NAME, JOB, RULES)["HostConfig"].items() if k not in free}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD"]),
     target=st.text(max_size=60),
