@@ -15,14 +15,12 @@ from evergreen import database as db
 from evergreen.cli.runs import version_named
 from evergreen.cli.terminal import AsJson, Since, minute, out, plain_table, show_json
 from evergreen.errors import RegistryError, nearest
-from evergreen.registry import ledger
+from evergreen.registry import ledger as records
 from evergreen.registry.ledger import Reign
 from evergreen.run import count
 from evergreen.settings import Settings
 
-app = typer.Typer(
-    help="The record of all events: whether it is as it was written, and all of it.", no_args_is_help=True
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Model = Annotated[str, typer.Argument(help="The model: its pack's name.")]
 OnePack = Annotated[str | None, typer.Argument(help="One pack's only.")]
@@ -31,9 +29,9 @@ Why = Annotated[str, typer.Option(help="Why; it stays in the ledger and on the v
 
 def history(model: Model, at: Since = None, as_json: AsJson = False) -> None:
     """Which version was champion since when, by whose decision, on what evidence; with --at, at that instant."""
-    reigns = ledger.reigns(db.connect(Settings.from_env().database_url), model)
+    reigns = records.reigns(db.connect(Settings.from_env().database_url), model)
     if at is not None:
-        found = ledger.at(reigns, at)
+        found = records.at(reigns, at)
         reigns = [found] if found else []
     if as_json:
         show_json([{"model": model, **reign.model_dump(mode="json")} for reign in reversed(reigns)])
@@ -142,6 +140,11 @@ def _require(settings: Settings, model: str) -> None:
         raise RegistryError(f"nothing is known of a model {model!r}", fix=nearest(model, {*known} - {db.HOME}))
 
 
+@app.callback()
+def ledger() -> None:
+    """Verify the hash chain of the events, or export all of them."""
+
+
 @app.command()
 def verify(pack: OnePack = None, as_json: AsJson = False) -> None:
     """Whether every event is as it was written: none edited, removed, added between others, put elsewhere or cut off.
@@ -157,7 +160,7 @@ def verify(pack: OnePack = None, as_json: AsJson = False) -> None:
     packs = [pack] if pack else sorted({*database.packs(), *Store(settings).noted()})
     found = []
     for name in packs:
-        verified = ledger.verify(database, name, work.checkpoints(settings, name))
+        verified = records.verify(database, name, work.checkpoints(settings, name))
         head = database.latest(name) if verified.holds else None
         if head is not None:
             work.note_head(settings, head)
