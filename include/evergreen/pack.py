@@ -7,6 +7,7 @@ mistake is a `PackError` that names the file, the line, the value and the neares
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -19,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import ValidationError as PydanticError
 
 from evergreen.errors import PackError, masked, nearest
+from evergreen.yaml_core import TEXT_TAG, CoreLoader
 
 NAME = re.compile(r"(?!main$)[a-z][a-z0-9_]{0,47}")
 NAMING = (
@@ -26,7 +28,6 @@ NAMING = (
     "not main, a branch that the snapshot repository has for itself"
 )
 CALL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:[A-Za-z_][A-Za-z0-9_]*")
-TEXT_TAG = "tag:yaml.org,2002:str"
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 LONGEST_S = 100 * 365 * 86400
 
@@ -100,6 +101,13 @@ def parse_instant(value: str | date) -> datetime:
     return parsed
 
 
+def _flag(value: object) -> object:
+    if not isinstance(value, bool):
+        raise ValueError("is not a boolean: write true or false, without quotes")  # noqa: TRY004  pydantic wants it
+    return value
+
+
+Flag = Annotated[bool, BeforeValidator(_flag)]
 Duration = Annotated[timedelta, BeforeValidator(_duration), PlainSerializer(_duration_text, return_type=str)]
 Instant = Annotated[datetime, BeforeValidator(_instant)]
 
@@ -277,11 +285,20 @@ def _runtime(value: object) -> object:
     return {"process": None, "docker": {}}.get(value, value) if isinstance(value, str) else value
 
 
+def _finite(value: Any) -> Any:
+    """Refuse `.inf` and `.nan`, which the JSON that a job gets cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"holds {value}, which is no finite number: write a large number, or leave it out")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _finite(item)
+    return value
+
+
 class Training(Part):
     """The training function and what an operator may turn."""
 
     call: Call
-    params: dict[str, Any] = {}
+    params: Annotated[dict[str, Any], AfterValidator(_finite)] = {}
     seed: int = Field(default=7, ge=0, lt=2**31)
     gpus: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
     timeout: Duration = timedelta(hours=2)
@@ -300,7 +317,7 @@ class PrimaryRule(Part):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     unclear: Literal["fresher", "review"] = "fresher"
     """Where `non_inferior` shows nothing: the fresher model wins if its figure is within the margin, or a person is asked."""
-    independent: bool = False
+    independent: Flag = False
     """The rows are independent of one another, those of one partition too: intervals are of rows, and narrower."""
 
 
@@ -533,7 +550,7 @@ class Triggers(Part):
     """What starts a run beside people."""
 
     schedule: Cron | None = None
-    on_new_data: bool = False
+    on_new_data: Flag = False
     """Whether an update of the Airflow asset `data/<dataset>` is an alert."""
     drift: DriftRules | None = None
     """A pack that does not say is not monitored."""
@@ -661,12 +678,20 @@ Location = tuple[str | int, ...]
 
 def _parse(file: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:  # noqa: C901  one case a line
     """The YAML mapping as plain values, and the 1-based line of every key and item by its path."""
-    loader = yaml.CSafeLoader(text)
+    loader = CoreLoader(text)
     lines: dict[Location, int] = {}
     seen: set[int] = set()
 
     def scalar_of(node: yaml.Node) -> Any:
-        return node.value if node.tag == TEXT_TAG else loader.construct_object(node, deep=True)
+        if node.tag == TEXT_TAG:
+            return node.value
+        try:
+            return loader.construct_object(node, deep=True)
+        except ValueError as error:  # Python makes no integer of thousands of digits
+            where = f"{file}:{node.start_mark.line + 1}"
+            raise PackError(
+                f"{where}: {node.value[:60]!r}… is too long for a number", fix="shorten or quote it"
+            ) from error
 
     def value_of(node: yaml.Node, where: Location) -> Any:
         line = node.start_mark.line + 1

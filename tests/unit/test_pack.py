@@ -133,6 +133,30 @@ def test_expectations_are_verbatim(folder):
     ]
 
 
+def test_scalars_are_those_of_yaml_1_2(folder):
+    """Country codes stay text and small numbers are numbers, in expectations, parameters, rules and keys."""
+    text = PACK.replace("more, event_time", "no, event_time")
+    text = text.replace(
+        "- expect_table_row",
+        "- expect_column_values_to_be_in_set: {column: on, value_set: [NO, SE]}\n  - expect_table_row",
+    )
+    text = text.replace("timeout: 90m", "params: {rate: 1e-4, epochs: 010, at: 12:30, no: 2013-04-01}")
+    (folder / "pack.yaml").write_text(text.replace("roc_auc", "roc_auc, margin: 1e-3"))
+    pack = Pack.load(folder)
+    assert pack.expectations[1].arguments == {"column": "on", "value_set": ["NO", "SE"]}
+    assert pack.training.params == {"rate": 0.0001, "epochs": 10, "at": "12:30", "no": "2013-04-01"}
+    assert (pack.data.target, pack.gate.primary.margin) == ("no", 0.001)
+    assert pack.clock == Clock(start=datetime(2013, 4, 1, tzinfo=UTC), speed=1440)
+
+
+def test_a_number_past_all_measure_is_refused(folder):
+    """Python makes no integer of five thousand digits; the message shows the first of them."""
+    (folder / "pack.yaml").write_text(PACK.replace("timeout: 90m", f"seed: {'1' * 5000}"))
+    with pytest.raises(PackError, match=r":10: '1{60}'… is too long for a number") as caught:
+        Pack.load(folder)
+    assert len(caught.value.what) < 400
+
+
 def test_a_pack_cannot_be_changed(folder):
     """Packs are values."""
     with pytest.raises(ValueError, match="frozen"):
@@ -261,6 +285,8 @@ def test_a_policy_is_read_from_a_file_of_its_own(tmp_path, text):
             ":13: triggers.admission.brake: 0 input",
             "change the value",
         ),
+        ("brake: 1_0:0", ":1: triggers.admission.brake: '1_0:0' input should be a valid integer", "change the value"),
+        ("no: 1", ":1: triggers.admission.no: unknown key", "known: brake"),
         ("admission: {}\nx: 1", ":2: triggers.x: unknown key", "known: admission"),
         ("- 1", ":1: holds no mapping", ""),
         (None, "other.yaml cannot be read", "name a YAML file"),

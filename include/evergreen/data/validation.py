@@ -29,7 +29,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -322,7 +322,7 @@ class _Rule:
         from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
         from great_expectations.expectations.registry import list_registered_expectation_implementations
 
-        arguments = {key: _bound(key, value, self.arguments, types) for key, value in self.arguments.items()}
+        arguments = {key: _typed(key, value, self.arguments, types) for key, value in self.arguments.items()}
         meta = {**(arguments.pop("meta", None) or {}), INDEX: self.index}
         try:
             return ExpectationConfiguration(type=self.type, kwargs=arguments, meta=meta).to_domain_obj()
@@ -373,14 +373,20 @@ def _check_columns(rules: Sequence[_Rule], columns: Sequence[str]) -> None:
                 )
 
 
-def _bound(key: str, value: Any, arguments: Mapping[str, Any], types: Mapping[str, str]) -> Any:
-    """A bound on a column of times as an instant: YAML gives a date, a naive time or text, and naive means UTC."""
-    if key not in ("min_value", "max_value") or types.get(str(arguments.get("column"))) != "datetime":
+def _typed(key: str, value: Any, arguments: Mapping[str, Any], types: Mapping[str, str]) -> Any:
+    """A bound or a value set in the type of its column: YAML gives dates and times as text; naive means UTC."""
+    kind = types.get(str(arguments.get("column")))
+    if key not in ("min_value", "max_value", "value_set") or kind not in ("date", "datetime"):
         return value
+    if isinstance(value, list):
+        return [_typed(key, item, arguments, types) for item in value]
     try:
-        return parse_instant(value) if isinstance(value, str | date) else value
+        instant = parse_instant(value) if isinstance(value, str | date) else None
     except ValueError:
         return value
+    if instant is None or (kind == "date" and instant.time() != time()):
+        return value
+    return instant if kind == "datetime" else instant.date()
 
 
 def _refusal(error: Exception) -> str:

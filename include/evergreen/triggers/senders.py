@@ -26,6 +26,7 @@ import yaml
 from evergreen.errors import SendersError, nearest
 from evergreen.settings import Settings
 from evergreen.triggers.signatures import PREFIX, key_of
+from evergreen.yaml_core import CoreLoader, dump
 
 OWN = "evergreen"
 """The sender that `evergreen alert` signs as."""
@@ -157,7 +158,7 @@ def _changing(path: Path) -> Iterator[dict[str, Sender]]:
         yield senders
         if senders != before:
             _senders(path, content := {name: _plain(sender) for name, sender in senders.items()})
-            _write(path, HEADER + yaml.safe_dump(content, sort_keys=False))
+            _write(path, HEADER + dump(content))
             os.fsync(folder)
     except OSError as error:
         raise SendersError(
@@ -193,10 +194,10 @@ def _identity(state: os.stat_result) -> object:
 def _mapping(path: Path, text: bytes) -> dict[str, Any]:
     """The file's YAML. What it says of a mistake is the place only: the line may hold a secret."""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.CSafeLoader)):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=CoreLoader)):
             raise SendersError(f"{path}: YAML aliases (*) are refused", fix="write the value out")
-        node = yaml.compose(text, Loader=yaml.CSafeLoader)
-        content = yaml.load(text, Loader=yaml.CSafeLoader)
+        node = yaml.compose(text, Loader=CoreLoader)
+        content = yaml.load(text, Loader=CoreLoader)  # noqa: S506  it is a safe one
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         raise SendersError(f"{path}:{mark.line + 1 if mark else 1}: not YAML", fix="mend the line") from None
@@ -259,7 +260,7 @@ def _sender(path: Path, name: str, parts: Any) -> Sender:
 def _wrong(kind: str, secret: Any) -> str | None:
     """What keeps this from being a secret of this kind, without the secret."""
     if not isinstance(secret, str):
-        return "is no text"
+        return "is no text (quote it if it is all digits)"
     if kind == "signing":
         try:
             key_of(secret)

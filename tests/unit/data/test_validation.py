@@ -318,6 +318,22 @@ def test_bounds_on_times_are_utc(column, bound, store, tmp_path):
     assert outcome.validated.rows_quarantined == 6
 
 
+@pytest.mark.parametrize("arguments", [{"min_value": "2013-01-02"}, {"value_set": ["2013-01-02"]}])
+def test_dates_of_a_pack_are_compared_as_dates(arguments, store, tmp_path):
+    """YAML gives a date as text; the column's type decides what it is compared as."""
+    kind = "expect_column_values_to_be_between" if "min_value" in arguments else "expect_column_values_to_be_in_set"
+    frame = rows(0, d=[date(2013, 1, 1)] * 6 + [date(2013, 1, 2)] * 18)
+    outcome = validate(pack((kind, {"column": "d", **arguments}), quarantine=0.5), frame, store, tmp_path)
+    assert outcome.validated.rows_quarantined == 6
+
+
+def test_a_set_of_times_is_compared_as_times(store, tmp_path):
+    """The same for times: those without an offset are UTC."""
+    among = ("expect_column_values_to_not_be_in_set", {"column": "t", "value_set": ["2013-01-01T05:00:00"]})
+    outcome = validate(pack(among, quarantine=0.5), rows(0), store, tmp_path)
+    assert outcome.validated.rows_quarantined == 1
+
+
 # What stops the run.
 
 

@@ -92,6 +92,15 @@ def test_a_change_is_seen_without_a_restart(path):
         known.now()
 
 
+def test_names_and_secrets_that_look_like_other_types_are_text(path):
+    """A sender may be called `no`, and a token be digits with an e: what is written is read back."""
+    token = "1" * 40 + "e2"
+    written(path, f"no: {{bearer: ['{token}'], per_minute: 010}}")
+    senders.accept(path, "no", "signing", SIGNING)
+    (no,) = Senders(path).now().values()
+    assert (no.name, no.bearer, no.signing, no.per_minute) == ("no", (token,), (SIGNING,), 10)
+
+
 def test_what_else_is_in_the_file_stays(path):
     """Making a sender leaves the others as they are."""
     written(path, f"grafana: {{bearer: [{TOKEN}], per_minute: 60}}")
