@@ -2,7 +2,8 @@
 
 An `EvergreenError` is meant for a person: the CLI prints it without a traceback, a task log shows it last. Anything
 else that escapes is a fault of ours. Messages stay on one screen: at most five examples; the rest is in `__cause__`
-or in an object of the store that the message names.
+or in an object of the store that the message names. What they quote was written by others: it may be of any length, and
+hold characters that a terminal obeys. `one_screen` bounds and escapes every message, `quoted` a single value.
 """
 
 from __future__ import annotations
@@ -10,6 +11,21 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+
+SCREEN = 4_000
+"""Maximum number of characters of a message: fifty lines of a terminal."""
+
+LINES = 40
+"""Maximum number of lines of a message."""
+
+LINE = 1_000
+"""Maximum number of characters of one line of a message."""
+
+VALUE = 80
+"""Maximum number of characters of a quoted value."""
+
+RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+"""Characters that a terminal obeys rather than shows, or that UTF-8 cannot encode; tabs and line ends are none."""
 
 
 class EvergreenError(Exception):
@@ -19,9 +35,9 @@ class EvergreenError(Exception):
     """
 
     def __init__(self, what: str, *, fix: str) -> None:
-        self.what = what
-        self.fix = fix
-        super().__init__(f"{what}\n  fix: {fix}")
+        self.what = one_screen(what)
+        self.fix = one_screen(fix)
+        super().__init__(f"{self.what}\n  fix: {self.fix}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.what, self.fix))
@@ -97,6 +113,34 @@ class AlertError(EvergreenError):
     """An alert was not taken: nobody answered, or the answer was no."""
 
 
+def visible(text: str) -> str:
+    """Escape the control and direction characters of a text as Python writes them in a literal."""
+    return RAW.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def one_screen(text: str) -> str:
+    """Bound a message to one screen, cut in the middle, and make it `visible`."""
+    lines = [_cut(line, LINE) for line in visible(text).split("\n")]
+    if len(lines) > LINES:
+        lines[LINES // 2 : 1 - LINES // 2] = [f"… {len(lines) - LINES + 1:,} lines left out …"]
+    return _cut("\n".join(lines), SCREEN)
+
+
+def quoted(value: object) -> str:
+    """`value` in quotes, as `repr` writes it, its middle left out where it is longer than VALUE characters."""
+    return _cut(visible(repr(value)), VALUE)
+
+
+def _cut(text: str, length: int) -> str:
+    """Leave out the middle of a text that is longer than `length`, and say how much."""
+    if len(text) <= length:
+        return text
+    left_out = f" … {len(text) - length:,} characters left out … "
+    head = (length - len(left_out)) * 2 // 3
+    tail = length - len(left_out) - head
+    return f"{text[:head]}{left_out}{text[-tail:]}"
+
+
 def masked(url: str) -> str:
     """A URL, or a text with some, without passwords."""
     url = re.sub(r"(?<=://)([^/?#@:\s]*):[^/?#\s]+@", r"\1:***@", url)
@@ -106,8 +150,10 @@ def masked(url: str) -> str:
 def nearest(value: str, known: Iterable[str]) -> str:
     """`did you mean …?` for the known name closest to `value`, or the known names when none is close."""
     names = sorted(known)
-    close = difflib.get_close_matches(value, names, n=1, cutoff=0.6)
+    # The time to compare two texts grows with the product of their lengths.
+    short = [name for name in names if len(name) <= LINE] if len(value) <= LINE else []
+    close = difflib.get_close_matches(value, short, n=1, cutoff=0.6)
     if close:
-        return f"did you mean {close[0]!r}?"
-    shown = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
+        return f"did you mean {quoted(close[0])}?"
+    shown = ", ".join(_cut(name, VALUE) for name in names[:12]) + (" …" if len(names) > 12 else "")
     return f"known: {shown}" if names else "none is known"

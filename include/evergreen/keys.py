@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from evergreen import database as db
 from evergreen.database import Database, Event
-from evergreen.errors import EvergreenError, LeaseHeldError
+from evergreen.errors import EvergreenError, LeaseHeldError, one_screen
 from evergreen.pack import Pack
 from evergreen.run import Connect, Ref, Run, Value, digest, floor, no_connections
 from evergreen.settings import Settings
@@ -242,7 +242,7 @@ def _receipt(database: Database, run: Run, stage: str, key: str, before: Event, 
 
 
 def _record_failure(run: Run, stage: str, error: Exception) -> None:
-    what = error.what if isinstance(error, EvergreenError) else str(error)
+    what = error.what if isinstance(error, EvergreenError) else one_screen(str(error))
     fix = error.fix if isinstance(error, EvergreenError) else None
     note(run, stage, "failed", what)
     body = {"stage": stage, "error": type(error).__name__, "what": what, "fix": fix}

@@ -19,7 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic import ValidationError as PydanticError
 
-from evergreen.errors import PackError, masked, nearest
+from evergreen.errors import PackError, masked, nearest, quoted
 from evergreen.yaml_core import TEXT_TAG, CoreLoader
 
 NAME = re.compile(r"(?!main$)[a-z][a-z0-9_]{0,47}")
@@ -53,10 +53,11 @@ def is_metric(task: str, name: str) -> bool:
 def _duration(value: object) -> object:
     """`60d`, `2h`, `90m`, `45s`, `1w` as a timedelta."""
     if isinstance(value, str):
-        found = re.fullmatch(r"(\d+)([smhdw])", value.strip())
+        found = re.fullmatch(r"([0-9]+)([smhdw])", value.strip())
         if found is None:
             raise ValueError("is not a duration: write a whole number and s, m, h, d or w, as in 60d")
-        seconds = int(found[1]) * UNITS_S[found[2]]
+        digits = found[1].lstrip("0")[:12] or "0"  # Python refuses to read thousands of them
+        seconds = int(digits) * UNITS_S[found[2]]
         if seconds > LONGEST_S:
             raise ValueError("is longer than a hundred years")
         return timedelta(seconds=seconds)
@@ -73,7 +74,10 @@ def _instant(value: object) -> object:
         except ValueError as error:
             raise ValueError("is not a time: write 2013-04-01 or 2013-04-01T06:00:00+00:00") from error
     if isinstance(value, datetime):
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        try:
+            return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        except OverflowError as error:
+            raise ValueError("is before the year 1 or after the year 9999 in UTC") from error
     if isinstance(value, date):
         return datetime(value.year, value.month, value.day, tzinfo=UTC)
     raise ValueError("is not a time: write 2013-04-01 or 2013-04-01T06:00:00+00:00")
@@ -627,7 +631,7 @@ class Pack(Part):
         for where, value, known, kind in _names(pack):
             if value not in known:
                 raise PackError(
-                    f"{file}:{lines.get(where, 1)}: {'.'.join(map(str, where))}: {value!r} is not {kind}",
+                    f"{file}:{lines.get(where, 1)}: {'.'.join(map(str, where))}: {quoted(value)} is not {kind}",
                     fix=nearest(value, known),
                 )
         _agrees(file, pack, lines)
@@ -705,9 +709,9 @@ def _parse(file: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:
                 key = scalar_of(key_node)
                 key_line = key_node.start_mark.line + 1
                 if not isinstance(key, str):
-                    raise PackError(f"{file}:{key_line}: the key {key!r} is not text", fix="quote it")
+                    raise PackError(f"{file}:{key_line}: the key {quoted(key)} is not text", fix="quote it")
                 if key in found:
-                    raise PackError(f"{file}:{key_line}: the key {key!r} is there twice", fix="keep one")
+                    raise PackError(f"{file}:{key_line}: the key {quoted(key)} is there twice", fix="keep one")
                 lines[(*where, key)] = key_line
                 found[key] = value_of(child, (*where, key))
             return found
@@ -742,14 +746,14 @@ def _expectations(file: Path, items: list[Any], lines: Mapping[Location, int]) -
         if not (isinstance(item, dict) and len(item) == 1):
             line = lines.get(("expectations", index), 1)
             raise PackError(
-                f"{file}:{line}: expectations.{index}: {item!r} is not one expectation with its arguments",
+                f"{file}:{line}: expectations.{index}: {quoted(item)} is not one expectation with its arguments",
                 fix="write - expect_column_values_to_not_be_null: {column: NAME}",
             )
         ((kind, arguments),) = item.items()
         if arguments is not None and not isinstance(arguments, dict):
             line = lines.get(("expectations", index, kind), 1)
             raise PackError(
-                f"{file}:{line}: expectations.{index}.{kind}: {arguments!r} are not arguments",
+                f"{file}:{line}: expectations.{index}.{kind}: {quoted(arguments)} are not arguments",
                 fix=f"write - {kind}: {{column: NAME}}",
             )
         found.append({"type": kind, "arguments": arguments or {}})
@@ -814,12 +818,16 @@ def _explain(file: Path, error: PydanticError, lines: Mapping[Location, int], wi
             fixes.append(f"add {name}")
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             found = item["input"].get("kind") if isinstance(item["input"], dict) else item["input"]
-            what = f"{name}.kind: {found!r} is not a kind of {name}"
+            what = f"{name}.kind: {quoted(found)} is not a kind of {name}"
             fixes.append(nearest(str(found), SOURCES))
         else:
             message = item["msg"].removeprefix("Value error, ")
             value = item.get("input")
-            shown = "" if isinstance(value, dict | list | BaseModel) else masked(f" {value!r}")
+            shown = (
+                ""
+                if isinstance(value, dict | list | BaseModel)
+                else " " + quoted(masked(value) if isinstance(value, str) else value)
+            )
             what = f"{name + ':' if name else ''}{shown} {message[:1].lower() + message[1:]}".strip()
         mistakes.append((line, what))
     mistakes.sort(key=lambda mistake: mistake[0])

@@ -19,7 +19,7 @@ from rich.text import Text
 from evergreen import database as db
 from evergreen.cli.terminal import AsJson, AsOf, For, PackName, Since, minute, out, plain_table, show_json
 from evergreen.database import Database, Event
-from evergreen.errors import PackError, SettingsError
+from evergreen.errors import PackError, SettingsError, quoted
 from evergreen.pack import folder_of, load, load_policy, parse_instant
 from evergreen.run import count
 from evergreen.settings import Settings
@@ -39,9 +39,9 @@ def _evidence(value: str) -> dict[str, Any]:
         content = json.loads(Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value)
         json.dumps(content, allow_nan=False)
     except (OSError, ValueError, RecursionError) as error:
-        raise typer.BadParameter(f"{value[:80]!r} cannot be read as JSON: {error}") from None
+        raise typer.BadParameter(f"{quoted(value)} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise typer.BadParameter(f"{value[:80]!r} is no JSON object: write {{...}}, or @FILE that holds one")
+        raise typer.BadParameter(f"{quoted(value)} is no JSON object: write {{...}}, or @FILE that holds one")
     return content
 
 

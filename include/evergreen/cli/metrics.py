@@ -17,7 +17,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import typer
 
 from evergreen.cli.terminal import AsJson, out, show_json
-from evergreen.errors import SettingsError
+from evergreen.errors import SettingsError, quoted
 from evergreen.settings import Settings
 
 LEAST = 32
@@ -30,9 +30,9 @@ def _address(value: str) -> tuple[str, int]:
         host = str(ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]")))
         number = int(port)
     except ValueError:
-        raise typer.BadParameter(f"{value!r} is not HOST:PORT: write 127.0.0.1:9464") from None
+        raise typer.BadParameter(f"{quoted(value)} is not HOST:PORT: write 127.0.0.1:9464") from None
     if not 0 <= number < 65536:
-        raise typer.BadParameter(f"{value!r}: there is no port {number}: write 127.0.0.1:9464")
+        raise typer.BadParameter(f"{quoted(value)}: there is no port {number}: write 127.0.0.1:9464")
     return host, number
 
 

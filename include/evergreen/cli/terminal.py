@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 
+from evergreen.errors import quoted, visible
 from evergreen.pack import UNITS_S, parse_duration, parse_instant
 
 ZULU = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
@@ -23,7 +26,7 @@ def _instant(value: str | None) -> str | None:
         try:
             parse_instant(value)
         except ValueError as error:
-            raise typer.BadParameter(f"{value!r} {error}") from None
+            raise typer.BadParameter(f"{quoted(value)} {error}") from None
     return value
 
 
@@ -31,7 +34,7 @@ def duration(value: str) -> timedelta:
     try:
         return parse_duration(value)
     except ValueError as error:
-        raise typer.BadParameter(f"{value!r} {error}") from None
+        raise typer.BadParameter(f"{quoted(value)} {error}") from None
 
 
 def _since(value: str) -> datetime:
@@ -51,9 +54,17 @@ For = Annotated[timedelta | None, typer.Option("--for", parser=duration, metavar
 PackName = Annotated[str, typer.Argument(help="The pack's name: its folder under include/packs.")]
 
 
+class Terminal(Console):
+    """A console that shows control and direction characters escaped: names and reasons are what others wrote."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
 def out() -> Console:
     """Standard output; as wide as the terminal, or as it must be when there is none."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    return Terminal(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def show_json(content: Any) -> None:
