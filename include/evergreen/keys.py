@@ -63,10 +63,13 @@ def note(run: Run, stage: str, state: State, text: str = "", **more: float | Non
 
 
 def code_hash(paths: tuple[Path, ...]) -> str:
-    """sha256 over the bytes of the source files that a stage runs, as they are now: a pack's may change meanwhile."""
+    """Return the sha256 of the names and bytes of the source files that a stage runs, as they are now.
+
+    The files are in order of their content. Their folders are no part of it: package and packs may lie anywhere.
+    """
     content = hashlib.sha256()
-    for path in sorted(paths):
-        content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, text in sorted((path.name, path.read_bytes()) for path in paths):
+        content.update(name.encode() + b"\0" + text + b"\0")
     return content.hexdigest()
 
 
@@ -137,12 +140,14 @@ def perform(
     act: Callable[[], V],
     outputs: Callable[[V], Iterable[Ref]],
     intact: Callable[[Ref], bool],
+    exists: Callable[[V], bool] = lambda _value: True,
     parameters: Mapping[str, Any] | None = None,
     kind: Literal["stage", "drift"] = "stage",
 ) -> V:
     """The value of `stage` for `run`: looked up by its key when it was performed before, else made by `act()`.
 
-    `outputs` names the objects that the value refers to; `intact` verifies one; `kind` is the event's. One stage of a pack
+    `outputs` names the objects that the value refers to; `intact` verifies one. `exists` verifies what a value names
+    outside of the store: a git tag, an MLflow version. `kind` is the event's. One stage of a pack
     acts at a time, by a lease that the retry of a killed attempt takes over; a run waits for it as long as a training may
     take, a look of the monitor for a minute. Raises LeaseHeldError.
     """
@@ -162,7 +167,7 @@ def perform(
         before = database.latest(run.pack.name, kind=kind, key=key)
         if before is not None and (before.run_id == run.id or not run.force):
             known = _value(result, before)
-            if known is not None and all(intact(ref) for ref in outputs(known)):
+            if known is not None and all(intact(ref) for ref in outputs(known)) and exists(known):
                 seconds = time.monotonic() - began
                 return _receipt(database, run, stage, key, before, known, seconds)
             note(run, stage, "progress", f"what {before.run_id} left is missing or altered: done again")

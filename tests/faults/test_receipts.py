@@ -141,3 +141,20 @@ def test_a_pack_that_changed_within_a_process_is_seen(home):
     home.write_model('print("training begins")', 'print("training begins anew")')
     home.perform("new code", until="train")
     assert "train" in home.stages("stage", "new code")
+
+
+def test_a_tag_deleted_by_hand_is_made_again(home):
+    """A snapshot without its tag is committed again; training and what follows are not done again."""
+    tag = home.perform("tagged")["snapshot"].tag
+    home.git("tag", "--delete", tag)
+    assert home.perform("tagged again")["snapshot"].tag == tag
+    assert home.git("tag", "--list", tag) == [tag]
+    assert [stage for stage in home.stages("stage", "tagged again") if stage in SHARED] == ["snapshot"]
+
+
+def test_another_registry_is_given_the_version(home, tmp_path):
+    """A run against another MLflow registers its model there, under the number that it has there."""
+    home.perform("registered here")
+    elsewhere = type(home)(home.settings.model_copy(update={"mlflow_tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}))
+    assert elsewhere.perform("registered there", until="register")["register"].version == 1
+    assert [version.version for version in elsewhere.registry.versions("tide")] == [1]

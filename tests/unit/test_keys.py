@@ -309,6 +309,25 @@ def test_code_is_known_by_name_and_bytes(tmp_path):
     assert keys.code_hash(tuple(there)) != before
 
 
+def test_code_is_known_wherever_package_and_packs_lie(tmp_path):
+    """A pack whose folder sorts before the package's is the same code as one whose folder sorts after it."""
+    hashes = set()
+    for number, packs in enumerate(("a", "z")):
+        files = [tmp_path / str(number) / name for name in ("m/jobs.py", f"{packs}/model.py", "m/__init__.py")]
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"# {file.name}\n")
+        hashes.add(keys.code_hash(tuple(files)))
+    assert len(hashes) == 1
+
+
+def test_what_is_gone_outside_of_the_store_is_made_again(begin, stage):
+    """A value whose git tag or MLflow version is not there any more is no value to take over."""
+    assert stage.perform(begin()).turn == 1
+    assert stage.perform(begin("second"), exists=lambda made: made.turn == 1).turn == 1
+    assert stage.perform(begin("third"), exists=lambda made: made.turn > 1).turn == 2
+
+
 def test_packages_are_known_by_the_lock_file(settings, tmp_path):
     """The environment of a stage has the hash of requirements.txt; None where there is none."""
     assert len(keys.environment(settings)["lock"]) == 64

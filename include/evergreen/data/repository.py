@@ -125,6 +125,10 @@ class Repository:
         """Commit on top of the branch's tip, and tag that."""
         return self._attempts(partial(self._commit, version), scratch)
 
+    def tagged(self, tag: str, scratch: Path) -> str:
+        """Return the revision that `tag` is at; empty where there is no such tag."""
+        return self._attempts(partial(self._tip, f"refs/tags/{tag}"), scratch)
+
     def note(self, branch: str, text: str, scratch: Path) -> None:
         """Commit `text`, and no file, on top of the branch's tip, unless that says it."""
         self._attempts(partial(self._note, branch, text), scratch)

@@ -368,6 +368,11 @@ class Store:
             repository.make()
             return repository.commit(version, self._scratch)
 
+    def tagged(self, tag: str) -> str:
+        """Return the git revision of a snapshot's tag; empty where the repository has no such tag."""
+        with self._repository(f"look for the tag {tag}") as repository:
+            return repository.tagged(tag, self._scratch)
+
     def note(self, name: str, text: str) -> None:
         """Add a line to the notes called `name`, unless it is the last already: a commit without files on a branch.
 

@@ -170,17 +170,19 @@ def snapshot(run: Run, ingested: Ingested, validated: Validated) -> Snapshot:
             data_until=ingested.data_until,
         )
 
-    return perform(
+    known = perform(
         run,
         "snapshot",
         result=Snapshot,
         inputs={"manifest": validated.manifest.hash, "windows": ingested.windows.model_dump(mode="json")},
-        parameters={"repository": run.settings.data_repository},
-        code=_code("data/store.py"),
+        code=_code("data/store.py", "data/repository.py"),
         act=act,
         outputs=lambda value: [Ref(hash=value.hash, size=value.bytes)],
         intact=store.verify,
+        exists=lambda value: store.tagged(value.tag) == value.revision,
     )
+    # The tag is in the repository as it is set now. Where an earlier run found it is no part of the snapshot.
+    return known.model_copy(update={"repository": run.settings.data_repository})
 
 
 @recorded
@@ -363,16 +365,21 @@ def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Traine
             )
         return Registered(model=pack.name, version=version, mlflow_run=mlflow_run, model_hash=trained.model.hash)
 
-    # The key holds the MLflow server, whose answer an earlier run's event cannot vouch for: see `intact`.
+    def exists(value: Registered) -> bool:
+        version = known()
+        return version is not None and version.version == value.version
+
+    # The registry is no part of the key, for it may move; the registry of today is asked whether it has the version.
     return perform(
         run,
         "register",
         result=Registered,
-        inputs={"model": trained.model.hash, "data": snapshot.hash, "registry": run.settings.mlflow_tracking_uri},
+        inputs={"model": trained.model.hash, "data": snapshot.hash},
         code=_code("registry/models.py", "registry/entry.py", "registry/lineage.py", "monitoring/*.py"),
         act=act,
-        outputs=lambda _value: [trained.model],
-        intact=lambda _ref: known() is not None,
+        outputs=lambda _value: [],
+        intact=store.verify,
+        exists=exists,
     )
 
 
