@@ -26,14 +26,15 @@ import importlib.metadata
 import json
 import logging
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evergreen.data import partitions
+from evergreen.data.conditions import ALLOWED, Condition, ConditionError
 from evergreen.errors import PackError, ValidationError, nearest
 from evergreen.pack import Expectation, Pack, parse_instant
 from evergreen.run import Manifest, PartitionFile, Ref, Validated, Value, count, period_name
@@ -74,6 +75,7 @@ ROW_LOCAL = frozenset(
 unique, compound unique, increasing, decreasing, z-scores and outliers (they compare rows), and the two about types
 (they look at the column's type, which is one for the whole window)."""
 
+CONDITION_ARGUMENTS = ("row_condition", "condition_parser")
 COLUMN_ARGUMENTS = ("column", "column_A", "column_B", "column_list", "column_set")
 ABOUT_COLUMNS = frozenset({"expect_column_to_exist", "expect_table_columns_to_match_set"})
 """Types that may name a column which is not there."""
@@ -290,13 +292,18 @@ class _Rule:
 
     @property
     def is_row_local(self) -> bool:
-        """Of a row-local type, over rows chosen one by one.
+        """Tell whether the verdict on a row depends on that row alone. A `row_condition` looks at one row, too."""
+        return self.type in ROW_LOCAL
 
-        A `row_condition` in pandas' query language may do otherwise: by a call, which may look at a whole column, by
-        the row's position, or by a name from outside.
-        """
-        condition = self.arguments.get("row_condition")
-        return self.type in ROW_LOCAL and not re.search(r"\w\s*\(|\bindex\b|@", str(condition or ""))
+    @property
+    def condition_text(self) -> str:
+        """The `row_condition` as the pack has it; empty without one."""
+        return str(self.arguments.get("row_condition") or "")
+
+    @cached_property
+    def condition(self) -> Condition | None:
+        """The parsed `row_condition`. Raises ConditionError."""
+        return Condition(self.condition_text) if self.condition_text else None
 
     @property
     def columns(self) -> list[str]:
@@ -322,7 +329,12 @@ class _Rule:
         from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
         from great_expectations.expectations.registry import list_registered_expectation_implementations
 
-        arguments = {key: _typed(key, value, self.arguments, types) for key, value in self.arguments.items()}
+        # Great Expectations would hand a condition to pandas, which evaluates it as code: `_Batch` chooses the rows itself.
+        arguments = {
+            key: _typed(key, value, self.arguments, types)
+            for key, value in self.arguments.items()
+            if key not in CONDITION_ARGUMENTS
+        }
         meta = {**(arguments.pop("meta", None) or {}), INDEX: self.index}
         try:
             return ExpectationConfiguration(type=self.type, kwargs=arguments, meta=meta).to_domain_obj()
@@ -360,14 +372,49 @@ class _Rule:
 
 
 def _rules(pack: Pack) -> list[_Rule]:
+    """The pack's expectations in order. Raises PackError for an argument that would be evaluated as code."""
     file = pack.folder / "pack.yaml"
-    return [_Rule(index, expectation, file) for index, expectation in enumerate(pack.expectations)]
+    rules = [_Rule(index, expectation, file) for index, expectation in enumerate(pack.expectations)]
+    for rule in rules:
+        _refuse_code(rule)
+    return rules
+
+
+def _refuse_code(rule: _Rule) -> None:
+    """Raise PackError for a condition outside of the grammar, a parameter to be computed, and a schema to be fetched."""
+    text = rule.arguments.get("row_condition")
+    if text is not None and not isinstance(text, str):
+        raise PackError(f"{rule.file}: {rule.name}: row_condition is no text", fix=ALLOWED)
+    try:
+        _ = rule.condition
+    except ConditionError as error:
+        raise PackError(f"{rule.file}: {rule.name}: row_condition {str(text)[:80]!r}: {error}", fix=ALLOWED) from error
+    for place, key, value in _entries(rule.arguments):
+        if key == "$PARAMETER":
+            raise PackError(f"{rule.file}: {rule.name}: {place} is computed", fix="write the value itself")
+        if key == "$ref" and not str(value).startswith("#"):
+            raise PackError(
+                f"{rule.file}: {rule.name}: {place} refers to {str(value)[:80]!r}, which would be fetched",
+                fix="write that part of the schema into this one, and refer to it as '#/…'",
+            )
+
+
+def _entries(content: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Every entry of every mapping within `content`: its place, its key and its value."""
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in pairs:
+        inner = f"{place}.{key}" if place else str(key)
+        if isinstance(content, dict):
+            yield inner, str(key), value
+        yield from _entries(value, inner)
 
 
 def _check_columns(rules: Sequence[_Rule], columns: Sequence[str]) -> None:
     for rule in rules:
-        for column in rule.columns:
-            if column not in columns and rule.type not in ABOUT_COLUMNS:
+        conditioned = rule.condition.columns if rule.condition else ()
+        named = conditioned if rule.type in ABOUT_COLUMNS else (*rule.columns, *conditioned)
+        for column in named:
+            if column not in columns:
                 raise PackError(
                     f"{rule.file}: {rule.name}: the dataset has no column {column!r}", fix=nearest(column, columns)
                 )
@@ -401,27 +448,63 @@ def _refusal(error: Exception) -> str:
 # Running Great Expectations.
 
 
+class _View:
+    """The rows that expectations with one `row_condition` look at, under Great Expectations."""
+
+    def __init__(self, rows: pl.DataFrame, types: Mapping[str, str], positions: np.ndarray[Any, Any]) -> None:
+        self.positions = positions
+        """Of these rows within the batch."""
+        self.rows = _to_pandas(rows, types)
+        asset = _context().data_sources.add_pandas("evergreen").add_dataframe_asset("rows")
+        self.batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": self.rows})
+
+
 class _Batch:
     """Rows under Great Expectations."""
 
     def __init__(self, rows: pl.DataFrame, types: Mapping[str, str]) -> None:
         self.types = types
-        self.rows = _to_pandas(rows, types)
-        asset = _context().data_sources.add_pandas("evergreen").add_dataframe_asset("rows")
-        self.batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": self.rows})
+        self._rows = rows
+        self._views: dict[str, _View] = {}
 
     def run(self, rules: Sequence[_Rule], result_format: str) -> dict[_Rule, dict[str, Any]]:
-        """Each expectation's own result, as JSON."""
+        """Each expectation's own result, as JSON; positions within are those of its view. Raises ValidationError."""
+        _great_expectations()
         from great_expectations import ExpectationSuite
 
-        if not rules:
-            return {}
-        by_index = {rule.index: rule for rule in rules}
-        # The constructor keeps expectations that differ in their place only; `add_expectation` would drop one.
-        suite = ExpectationSuite(name="rows", expectations=[rule.build(self.types) for rule in rules])
-        found = self.batch.validate(suite, result_format=result_format)
-        results = [result.to_json_dict() for result in found.results]
-        return {by_index[result["expectation_config"]["meta"][INDEX]]: result for result in results}
+        results: dict[_Rule, dict[str, Any]] = {}
+        groups: dict[str, list[_Rule]] = {}
+        for rule in rules:
+            groups.setdefault(rule.condition_text, []).append(rule)
+        for group in groups.values():
+            by_index = {rule.index: rule for rule in group}
+            # The constructor keeps expectations that differ in their place only; `add_expectation` would drop one.
+            suite = ExpectationSuite(name="rows", expectations=[rule.build(self.types) for rule in group])
+            for result in self._view(group[0]).batch.validate(suite, result_format=result_format).results:
+                content = result.to_json_dict()
+                rule = by_index[content["expectation_config"]["meta"][INDEX]]
+                stated = {key: rule.arguments[key] for key in CONDITION_ARGUMENTS if key in rule.arguments}
+                content["expectation_config"]["kwargs"] |= stated
+                results[rule] = content
+        return {rule: results[rule] for rule in rules}
+
+    def _view(self, rule: _Rule) -> _View:
+        """The rows that the expectation's condition chooses: all without one. Raises ValidationError."""
+        import numpy as np
+
+        if rule.condition_text not in self._views:
+            rows, positions = self._rows, np.arange(self._rows.height)
+            if rule.condition is not None:
+                try:
+                    mask = rule.condition.mask(rows)
+                except ConditionError as error:
+                    raise ValidationError(
+                        f"{rule.file}: {rule.name}: row_condition {rule.condition_text[:80]!r}: {error}",
+                        fix="compare each column with values of its type",
+                    ) from error
+                rows, positions = rows.filter(mask), np.flatnonzero(mask.to_numpy())
+            self._views[rule.condition_text] = _View(rows, self.types, positions)
+        return self._views[rule.condition_text]
 
     def failing(self, rules: Sequence[_Rule]) -> dict[_Rule, np.ndarray[Any, Any]]:
         """The positions of the rows that fail each of `rules`."""
@@ -429,11 +512,11 @@ class _Batch:
 
         results = self.run(rules, "COMPLETE")
         return {
-            rule: np.array(result["result"].get("unexpected_index_list") or [], dtype=np.int64)
+            rule: self._view(rule).positions[np.array(result["result"].get("unexpected_index_list") or [], dtype=int)]
             for rule, result in results.items()
         }
 
-    def looked_at(self, rule: _Rule, result: Mapping[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
+    def looked_at(self, rule: _Rule, result: Mapping[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """The positions of the rows that a row-local expectation looked at, and of those it counted as not missing.
 
         Great Expectations says how many there were, not which; its own engine says which.
@@ -442,19 +525,18 @@ class _Batch:
 
         built = rule.build(self.types)
         domain = built.configuration.get_domain_kwargs()
-        condition = {key: domain[key] for key in ("row_condition", "condition_parser") if domain.get(key)}
-        engine = PandasExecutionEngine(batch_data_dict={"rows": self.rows})
-        elements = engine.get_domain_records(condition)
+        view = self._view(rule)
         if "missing_count" not in result["result"]:
-            considered = elements
+            considered = view.rows
         elif "column" in domain:
-            considered = elements[elements[domain["column"]].notna()]
+            considered = view.rows[view.rows[domain["column"]].notna()]
         else:
+            engine = PandasExecutionEngine(batch_data_dict={"rows": view.rows})
             sides = {key: getattr(built, key) for key in ("column_A", "column_B", "column_list") if hasattr(built, key)}
-            considered = engine.get_domain_records({**condition, **sides, "ignore_row_if": built.ignore_row_if})
-        said = result["result"]["element_count"] - result["result"].get("missing_count", 0)
-        assert len(considered) == said, f"{rule.name}: counted {len(considered)} rows, Great Expectations {said}"
-        return elements.index, considered.index
+            considered = engine.get_domain_records({**sides, "ignore_row_if": built.ignore_row_if})
+        counted = result["result"]["element_count"] - result["result"].get("missing_count", 0)
+        assert len(considered) == counted, f"{rule.name}: {len(considered)} rows, Great Expectations {counted}"
+        return view.positions, view.positions[considered.index]
 
 
 @dataclass(frozen=True)

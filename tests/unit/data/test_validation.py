@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import yaml
 
 from evergreen.data import partitions, validation
 from evergreen.data.store import Store
@@ -404,11 +405,39 @@ def test_a_failed_aggregate_says_what_it_saw(store, tmp_path):
     assert "expect_column_mean_to_be_between (x): observed 11.5; asked: min_value 50" in str(outcome.error())
 
 
-def test_a_condition_over_a_whole_column_is_not_row_local(store, tmp_path):
-    """`x > x.mean()` depends on other rows, so the expectation sees the window each time."""
-    above = {"column": "s", "value_set": ["a", "b"], "row_condition": "x > x.mean()", "condition_parser": "pandas"}
-    expected = pack(("expect_column_values_to_be_in_set", above))
-    assert validate(expected, rows(0, 1), store, tmp_path).rows_scanned == 0
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"row_condition": "x > x.mean()", "condition_parser": "pandas"},
+        {"row_condition": "@pd.io.common.os.system('touch {marker}') == 0", "condition_parser": "pandas"},
+        {"row_condition": {"type": "pass_through", "pass_through_filter": "@pd.io.common.os.system('touch {marker}')"}},
+        {"mostly": {"$PARAMETER": "now()"}},
+        {"json_schema": {"properties": [{"$ref": "http://127.0.0.1:9/schema.json"}]}},
+    ],
+    ids=str,
+)
+def test_an_argument_that_would_be_run_or_fetched_is_refused(arguments, store, tmp_path):
+    """The pack is refused by `evergreen check` and by the stage alike, and nothing of the argument is executed."""
+    marker = tmp_path / "marker"
+    arguments = yaml.safe_load(yaml.safe_dump(arguments).replace("{marker}", str(marker)))
+    expected = pack(("expect_column_values_to_be_in_set", {"column": "s", "value_set": ["a"], **arguments}))
+    for act in (lambda: validation.check(expected), lambda: validate(expected, rows(0), store, tmp_path)):
+        with pytest.raises(PackError, match=r"pack\.yaml: expectations\.0 .* \(s\)"):
+            act()
+    assert not marker.exists()
+
+
+def test_rows_outside_of_a_condition_are_not_judged(store, tmp_path):
+    """Only the row that the condition chooses and that fails goes to quarantine, at its own place."""
+    arguments = {"column": "x", "max_value": 20, "row_condition": "s == 'b'"}
+    expected = pack(("expect_column_values_to_be_between", arguments), quarantine=1)
+    frame = rows(0, 1)
+    outcome = validate(expected, frame, store, tmp_path)
+    bad = frame.filter((pl.col("s") == "b") & (pl.col("x") > 20))
+    assert 0 < outcome.validated.rows_quarantined == bad.height < frame.height
+    aside = pl.read_parquet(store.path(outcome.validated.quarantine))
+    assert aside["x"].to_list() == bad["x"].to_list()
+    assert results(outcome, store)[0]["expectation_config"]["kwargs"]["row_condition"] == "s == 'b'"
 
 
 def test_an_expectation_that_cannot_be_evaluated_is_no_pass(store, tmp_path):
