@@ -16,6 +16,7 @@ Nothing here knows the store: the ingest stage puts the files there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import struct
@@ -244,16 +245,75 @@ def with_event_time(frame: pl.DataFrame, event_time: str, where: str) -> pl.Data
         utc = column.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
     elif kind == pl.Null:
         utc = column.cast(pl.Datetime("us", "UTC"))
+    elif kind == pl.String:
+        text = frame[event_time]
+        times = parse_times(text)
+        if len(odd := text.filter(times.is_null() & text.is_not_null())):
+            raise no_times(where, event_time, len(odd), odd[0])
+        return frame.with_columns(times)
     else:
         values = frame[event_time].drop_nulls()
-        odd = values.filter(~values.str.contains(r"^\d{4}-\d\d-\d\d")) if kind == pl.String else values
-        example = (odd if len(odd) else values).head(1).to_list()
-        shown = f", {example[0]!r} for one" if example else ""
-        raise SourceError(
-            f"{where}: event_time {event_time!r} holds {kind} and no times{shown}",
-            fix="make it a timestamp; as text in a CSV, ISO 8601 such as 2013-04-01T06:00:00Z",
-        )
+        raise no_times(where, event_time, len(values), values[0] if len(values) else None, f"holds {kind} and no time")
     return frame.with_columns(utc.dt.cast_time_unit("us"))
+
+
+TIME = (
+    r"^(?<date>[0-9]{4}-[0-9]{2}-[0-9]{2})"
+    r"(?:[ T](?<hour>[01][0-9]|2[0-3])(?::(?<minute>[0-5][0-9])(?::(?<second>[0-5][0-9])(?:\.(?<fraction>[0-9]+))?)?)?"
+    r"(?:Z|(?<sign>[+-])(?<hours>[01][0-9]|2[0-3])(?::?(?<minutes>[0-5][0-9]))?)?)? *$"
+)
+"""Times in ISO 8601: a date alone, or one with a time of day, with an offset from UTC or without."""
+
+
+def parse_times(text: pl.Series) -> pl.Series:
+    """Times of ISO 8601 text, in microseconds UTC; null where the text is no such time.
+
+    A time without an offset is UTC; digits beyond microseconds are cut. Texts of one column may be written differently.
+    """
+    import polars as pl
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = text.to_arrow(compat_level=pl.CompatLevel.oldest())
+    for kind in (pa.timestamp("us"), pa.timestamp("us", "UTC")):  # fast where all are written alike
+        with contextlib.suppress(pa.ArrowInvalid):
+            times = pl.from_arrow(pc.cast(values, kind).cast(pa.timestamp("us", "UTC")))
+            assert isinstance(times, pl.Series)
+            return times.alias(text.name)
+    part = pl.col("part").struct
+    clock = pl.concat_str(
+        part.field("date"),
+        *(
+            pl.lit(before) + part.field(name).fill_null("00")
+            for before, name in (("T", "hour"), (":", "minute"), (":", "second"))
+        ),
+        pl.lit(".") + (part.field("fraction").fill_null("") + "000000").str.slice(0, 6),
+    )
+    offset = pl.duration(
+        hours=part.field("hours").fill_null("0").cast(pl.Int64),
+        minutes=part.field("minutes").fill_null("0").cast(pl.Int64),
+    )
+    naive = clock.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="us", strict=False)
+    utc = pl.when(part.field("sign") == "-").then(naive + offset).otherwise(naive - offset).dt.replace_time_zone("UTC")
+    return (
+        text.to_frame("text")
+        .select(part=pl.col("text").str.extract_groups(TIME))
+        .select(utc.alias(text.name))
+        .to_series()
+    )
+
+
+WRITE_ISO = "write every time in ISO 8601, such as 2013-04-01T06:00:00Z"
+
+
+def no_times(where: str, event_time: str, rows: int, example: object, what: str = "", fix: str = "") -> SourceError:
+    """The error for an event time that is no time in `rows` rows."""
+    shown = repr(example)
+    shown = f", {shown if len(shown) <= 60 else shown[:59] + '…'} for one" if rows else ""
+    return SourceError(
+        f"{where}: event_time {event_time!r} {what or 'holds no time'} in {count(rows, 'row')}{shown}",
+        fix=fix or f"make it a timestamp, or {WRITE_ISO}",
+    )
 
 
 def _refuse_stray_times(frame: pl.DataFrame, event_time: str, window: Window, where: str) -> None:

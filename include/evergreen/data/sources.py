@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -240,14 +240,14 @@ class Sql:
     connection: Connection | None = None
 
     def read(self, window: Window, event_time: str) -> Iterator[pl.DataFrame]:
-
         name = self._name()
         with self._connected(name) as connection:
             with self._asking(name):
                 rows, time = self._rows(connection, name, event_time)
-                sample = connection.scalar(rows.with_only_columns(time).where(time.is_not(None)).limit(1))
+                kind = _kind(connection, rows, time)
+                self._require_times(connection, rows, time, kind, event_time)
                 answer = connection.execution_options(yield_per=SQL_ROWS).execute(
-                    rows.where(_asked(time, sample, window))
+                    rows.where(_asked(connection, time, kind, window))
                 )
                 names, batches = list(answer.keys()), answer.partitions()
             while True:
@@ -255,26 +255,31 @@ class Sql:
                     batch = next(batches, None)
                 if batch is None:
                     return
-                yield _in_window(_typed(batch, names, event_time, name), window, event_time, name)
+                yield _in_window(_typed(batch, names, name), window, event_time, name)
 
     def _rows(self, connection: sa.Connection, name: str, event_time: str) -> tuple[sa.Select[Any], Any]:
         """A statement for all rows, and the event time as the database has it."""
         import sqlalchemy as sa
 
+        lite = connection.dialect.name == "sqlite"
         if self.source.query is not None:
+            query = self.source.query.strip().rstrip(";")
             # A colon in it begins no parameter of ours; a comment may end its last line.
-            query = self.source.query.strip().rstrip(";").replace(":", r"\:")
-            rows = sa.select(sa.text("*")).select_from(sa.text(f"(\n{query}\n) AS source"))
-            names = list(connection.execute(rows.where(sa.false())).keys())
+            inner = query.replace(":", r"\:")
+            rows = sa.select(sa.text("*")).select_from(sa.text(f"(\n{inner}\n) AS source"))
+            # SQLite calls the second of two columns `x` of an inner query `x:1`.
+            asked = sa.text(inner) if lite else rows.where(sa.false())
+            with connection.execute(asked) as answer:
+                names = list(answer.keys())
             time: Any = sa.column(event_time)
         else:
             schema, _, table = str(self.source.table).rpartition(".")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", sa.exc.SAWarning)  # a type that is not known is as its driver gives it
                 try:
-                    found = sa.Table(
+                    columns = sa.Table(
                         table, sa.MetaData(), schema=schema or None, autoload_with=connection, resolve_fks=False
-                    )
+                    ).columns
                 except sa.exc.NoSuchTableError:
                     inspector = sa.inspect(connection)
                     known = [
@@ -282,12 +287,39 @@ class Sql:
                         *inspector.get_view_names(schema or None),
                     ]
                     raise SourceError(f"{name} does not exist", fix=nearest(table, known)) from None
-            rows, names = sa.select(found), list(found.columns.keys())
-            time = found.columns.get(event_time)
+            names = list(columns.keys())
+            time = columns.get(event_time)
+            # SQLite keeps any value in a column of any type, so that the event time is read as it is.
+            rows = sa.select(
+                *(
+                    sa.type_coerce(column, sa.types.NullType()).label(key) if lite and key == event_time else column
+                    for key, column in columns.items()
+                )
+            )
         partitions.require_columns(names, (event_time,), name)
         if twice := sorted({column for column in names if names.count(column) > 1}):
             raise SourceError(f"{name}: column {twice[0]!r} is there twice", fix="name each column of the query")
         return rows, sa.type_coerce(time, sa.types.NullType())
+
+    def _require_times(
+        self, connection: sa.Connection, rows: sa.Select[Any], time: Any, kind: TimeKind, event_time: str
+    ) -> None:
+        """Raise SourceError for event times that no window would hold, since they are no times.
+
+        Costs a count over all rows where the event time is text, nothing where it is a time: one scan for each window
+        that is read. Text that begins with a date has its place; the rest of it is looked at in its window only.
+        """
+        import sqlalchemy as sa
+
+        iso = _is_iso(connection, time) if kind == "text" else sa.false() if kind == "other" else None
+        if iso is None:
+            return
+        odd = sa.and_(time.is_not(None), sa.not_(iso))
+        if number := connection.scalar(rows.with_only_columns(sa.func.count()).where(odd)):
+            example = connection.scalar(rows.with_only_columns(time).where(odd).limit(1))
+            quoted = connection.dialect.identifier_preparer.quote(event_time)
+            fix = _time_fix(connection.dialect.name, quoted, example)
+            raise partitions.no_times(self._name(), event_time, number, example, fix=fix)
 
     def _url(self) -> sa.URL:
         import sqlalchemy as sa
@@ -365,32 +397,89 @@ class Sql:
         return self.connection.without_secrets(said) if self.connection else said
 
 
-def _asked(time: Any, sample: Any, window: Window) -> Any:
-    """The window as a condition on `time`, in the type of a sample of it; rows without a time belong to it.
+TimeKind = Literal["zoned", "naive", "date", "text", "none", "other"]
 
-    It may let more through, which `_in_window` sees to: a date is a whole day, and text may have an offset.
+
+def _kind(connection: sa.Connection, rows: sa.Select[Any], time: Any) -> TimeKind:
+    """The kind of values that the event time has in the database; `none` where no row has a value."""
+    import sqlalchemy as sa
+
+    if connection.dialect.name == "sqlite":  # it has no times, and its columns no types
+        return "text"
+    one = rows.with_only_columns(time).where(time.is_not(None)).limit(1)
+    if connection.dialect.name == "postgresql":  # by name: Python has no value for `infinity`
+        named = connection.scalar(rows.with_only_columns(sa.cast(sa.func.pg_typeof(time), sa.Text)).limit(1))
+        names: dict[str | None, TimeKind] = {
+            "timestamp with time zone": "zoned",
+            "timestamp without time zone": "naive",
+            "date": "date",
+        }
+        if kind := names.get(named):
+            return kind
+    sample = connection.scalar(one)
+    if isinstance(sample, datetime):
+        return "naive" if sample.tzinfo is None else "zoned"
+    kinds: tuple[tuple[type, TimeKind], ...] = ((date, "date"), (str, "text"), (type(None), "none"))
+    return next((kind for type_, kind in kinds if isinstance(sample, type_)), "other")
+
+
+def _asked(connection: sa.Connection, time: Any, kind: TimeKind, window: Window) -> Any:
+    """The window as a condition on `time`; rows without a time belong to it.
+
+    It may let more through, which `_in_window` sees to: a date is a whole day, and text may have an offset of a day.
     """
     import sqlalchemy as sa
 
-    kind: Any
-    start: Any = window.start
-    end: Any = window.end
-    if isinstance(sample, datetime) and sample.tzinfo is not None:
-        kind = sa.DateTime(timezone=True)
-    elif isinstance(sample, datetime):
-        kind, start, end = sa.DateTime(), start.replace(tzinfo=None), end.replace(tzinfo=None)
-    elif isinstance(sample, date):
-        kind, start, end = sa.Date(), start.date(), end.date() + timedelta(days=1)
-    elif isinstance(sample, str):
-        kind, start, end = sa.String(), str(start.date() - timedelta(days=1)), str(end.date() + timedelta(days=2))
+    type_: Any
+    start: Any = window.start.astimezone(UTC)
+    end: Any = window.end.astimezone(UTC)
+    if kind == "zoned":
+        type_ = sa.DateTime(timezone=True)
+    elif kind == "naive":
+        type_, start, end = sa.DateTime(), start.replace(tzinfo=None), end.replace(tzinfo=None)
+    elif kind == "date":
+        type_, start, end = sa.Date(), start.date(), end.date() + timedelta(days=1)
+    elif kind == "text" and _is_iso(connection, time) is not None:
+        type_, start, end = sa.String(), str(start.date() - timedelta(days=1)), str(end.date() + timedelta(days=2))
     else:
-        return sa.true()  # no time at all: the first row says so
-    bounds = sa.and_(time >= sa.bindparam("start", start, kind), time < sa.bindparam("end", end, kind))
+        return sa.true()
+    bounds = sa.and_(time >= sa.bindparam("start", start, type_), time < sa.bindparam("end", end, type_))
     return sa.or_(bounds, time.is_(None))
 
 
-def _typed(rows: Sequence[Sequence[Any]], names: list[str], event_time: str, where: str) -> pa.RecordBatch:
-    """Rows of Python objects as columns of one type each; an event time that is text is read as ISO 8601."""
+def _is_iso(connection: sa.Connection, time: Any) -> Any:
+    """The condition that text begins with a date in ISO 8601, whose order is that of time; None where it cannot be put."""
+    import sqlalchemy as sa
+
+    if connection.dialect.name == "sqlite":
+        digits = time.op("GLOB")("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*")
+        day = sa.func.date(sa.func.substr(time, 1, 10), type_=sa.types.NullType())
+        return sa.and_(sa.func.typeof(time) == "text", digits, day.is_not(None))
+    condition = time.regexp_match("^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])")
+    try:
+        sa.select(condition).compile(dialect=connection.dialect)
+    except sa.exc.CompileError:
+        return None  # a database without regular expressions is read whole, and every row looked at here
+    return condition
+
+
+def _time_fix(dialect: str, column: str, example: Any) -> str:
+    """Advice on times that a database has as numbers or as text in an order of its own."""
+    if isinstance(example, int | float | Decimal):
+        in_ms = abs(float(example)) > 1e11  # as seconds since 1970, after the year 5138
+        seconds = f"{column} / 1000.0" if in_ms else column
+        calls = {
+            "sqlite": f"strftime('%Y-%m-%d %H:%M:%f', {seconds}, 'unixepoch')",
+            "postgresql": f"to_timestamp({seconds})",
+        }
+    else:
+        calls = {"postgresql": f"to_timestamp({column}, 'DD.MM.YYYY HH24:MI')"}
+    call = f", such as SELECT {calls[dialect]} AS {column}, … FROM …" if dialect in calls else ""  # noqa: S608  advice, executed by nobody
+    return f"{partitions.WRITE_ISO}, in the table or by a query in source.query{call}"
+
+
+def _typed(rows: Sequence[Sequence[Any]], names: list[str], where: str) -> pa.RecordBatch:
+    """Rows of Python objects as columns of one type each."""
     import polars as pl
     import pyarrow as pa
 
@@ -415,11 +504,7 @@ def _typed(rows: Sequence[Sequence[Any]], names: list[str], event_time: str, whe
             raise SourceError(
                 f"{where}: column {name!r}: {error}", fix="cast it in a query, or leave it out"
             ) from error
-        arrow = series.to_arrow(compat_level=pl.CompatLevel.oldest())
-        if name == event_time and kinds == {str}:
-            arrow = arrow.cast(pa.string())
-            arrow = _cast(arrow, _type_of(arrow))
-        columns.append(arrow)
+        columns.append(series.to_arrow(compat_level=pl.CompatLevel.oldest()))
     return pa.record_batch(columns, names=names)
 
 

@@ -99,7 +99,7 @@ BAD_CSV = {
     "nothing": (b"", "is empty", "header"),
     "a column twice": (b"t,x,x\n", "column 'x' is there twice", "name of its own"),
     "not UTF-8": (b"t,x\n2013-01-01,\xff\n", "bad.csv cannot be read", "UTF-8"),
-    "times unlike": (b"t,x\n2013-01-01,1\n02/01/2013,2\n", "holds String and no times, '02/01/2013'", "ISO 8601"),
+    "times unlike": (b"t,x\n2013-01-01,1\n02/01/2013,2\n", "holds no time in 1 row, '02/01/2013'", "ISO 8601"),
     "misspelt time": (b"tt,x\n", "bad.csv has no column 't'", "did you mean 'tt'?"),
 }
 

@@ -222,10 +222,10 @@ def test_an_sqlite_file_that_is_missing_is_not_made(tmp_path):
     ("query", "says"),
     [
         ("SELECT now() AS t, 1 AS x, 2 AS x", "column 'x' is there twice"),
-        ("SELECT 7 AS t", "holds Int64 and no times, 7 for one"),
+        ("SELECT 7 AS t", "holds no time in 1 row, 7 for one"),
         ("SELECT now() AS tt", "has no column 't'"),
         ("SELEC", "syntax error"),
-        ("SELECT timestamptz 'infinity' AS t", "cannot be read"),
+        ("SELECT timestamptz '2013-01-02' AS t, date 'infinity' AS x", "cannot be read"),
     ],
 )
 def test_a_query_that_cannot_be_the_source(query, says, database):
@@ -246,3 +246,154 @@ def test_a_column_of_several_types_is_refused(tmp_path):
 def test_a_kind_that_no_driver_knows(database):
     """A connection of another type than a database's is told as such."""
     assert "no driver" in refusal({"table": "a"}, Connection(name="warehouse", kind="http", host="example.com")).what
+
+
+# Times that the database cannot compare with a window: the right rows, or a refusal that counts them.
+
+DIALECTS = ("sqlite", "postgresql")
+every_dialect = pytest.mark.parametrize("dialect", DIALECTS)
+SHAPES = {
+    "iso": "{0:%Y-%m-%d %H:%M:%S}",
+    "zulu": "{0:%Y-%m-%dT%H:%M:%S}Z",
+    "minutes": "{0:%Y-%m-%dT%H:%M}",
+    "fraction": "{0:%Y-%m-%d %H:%M:%S.%f}",
+    "nanoseconds": "{0:%Y-%m-%dT%H:%M:%S.%f}000+00:00",
+    "east": "{1:%Y-%m-%dT%H:%M:%S}+14:00",
+    "west": "{2:%Y-%m-%d %H:%M:%S}-1200",
+    "padded": "{0:%Y-%m-%d %H:%M:%S}   ",
+}
+HOURS = [START + timedelta(hours=n) for n in range(-48, 24 * 9)]
+WITHIN = {n for n, hour in enumerate(HOURS) if WEEK.start <= hour < WEEK.end}
+
+
+class Table:
+    """A table `a` of (t, n) in a database of its own."""
+
+    def __init__(self, dialect: str, request, folder: Path, type_: str = "text") -> None:
+        self.dialect = dialect
+        self.folder = folder
+        self.execute = request.getfixturevalue("database") if dialect == "postgresql" else self._lite
+        self.url = self.execute.url if dialect == "postgresql" else "sqlite:///a.db"
+        self.execute(f"CREATE TABLE a (t {type_}, n integer)")
+
+    def _lite(self, statements: str) -> None:
+        with sqlite3.connect(self.folder / "a.db") as connection:
+            connection.executescript(statements)
+
+    def fill(self, times) -> None:
+        values = ", ".join(f"({'NULL' if time is None else repr(time)}, {number})" for number, time in enumerate(times))
+        self.execute(f"INSERT INTO a VALUES {values}")
+
+    def rows(self, window: Window = WEEK, **what) -> pl.DataFrame:
+        return read({"url": self.url, **(what or {"table": "a"})}, folder=self.folder, window=window)
+
+    def refusal(self, **what) -> SourceError:
+        return refusal({"url": self.url, **(what or {"table": "a"})}, folder=self.folder)
+
+
+@pytest.fixture
+def table(request, tmp_path):
+    return lambda dialect, type_="text": Table(dialect, request, tmp_path, type_)
+
+
+def written(hour: datetime, shape: str) -> str:
+    return SHAPES[shape].format(hour, hour + timedelta(hours=14), hour - timedelta(hours=12))
+
+
+@every_dialect
+@pytest.mark.parametrize("shape", [*SHAPES, "mixed"])
+def test_text_in_any_shape_of_iso_gives_the_rows_of_the_window(dialect, shape, table):
+    """Whatever the separator, the offset and the digits, alike or mixed; through a table and a query."""
+    rows = table(dialect)
+    shapes = list(SHAPES) if shape == "mixed" else [shape]
+    rows.fill([written(hour, shapes[n % len(shapes)]) for n, hour in enumerate(HOURS)])
+    for what in ({}, {"query": "SELECT * FROM a"}):
+        frame = rows.rows(**what)
+        assert set(frame["n"]) == WITHIN
+        assert all(frame["t"] == pl.Series([HOURS[n] for n in frame["n"]]))
+
+
+@every_dialect
+@pytest.mark.parametrize("strange", ["05.01.2013 10:00", "20130105", "2013-13-05 10:00", "yesterday", "1357380000"])
+def test_text_that_is_no_iso_time_is_counted_and_refused(dialect, strange, table):
+    """Half of the rows are written another way: all of those are counted, and one is shown."""
+    rows = table(dialect)
+    rows.fill([written(hour, "iso") if n % 2 else strange for n, hour in enumerate(HOURS)])
+    error = rows.refusal()
+    assert f"event_time 't' holds no time in {len(HOURS) // 2} rows, '{strange}' for one" in error.what
+    rows.execute("UPDATE a SET t = '2013-01-05 10:00:00' WHERE t = '" + strange + "'")
+    assert rows.rows().height == len(HOURS) // 2 + len(WITHIN) // 2
+
+
+@every_dialect
+@pytest.mark.parametrize("strange", ["2013-01-05 25:00", "2013-01-05 soon", "2013-02-30"])
+def test_a_date_with_a_strange_time_of_day_is_refused_in_its_window_only(dialect, strange, table):
+    """The date says whether the row lies in the window; only there does the rest of it matter."""
+    rows = table(dialect)
+    rows.fill([*(written(hour, "iso") for hour in HOURS), strange])
+    month = Window(start=START, end=START + timedelta(days=80))
+    with pytest.raises(SourceError, match=rf"holds no time in 1 row, '{strange}' for one"):
+        rows.rows(window=month)
+    earlier = Window(start=START - timedelta(days=2), end=START)
+    assert rows.rows(window=earlier).height == 48
+
+
+def test_a_query_rewrites_german_times_as_advised(table):
+    """PostgreSQL: the advice of the refusal, put into the pack, reads all rows of the window."""
+    rows = table("postgresql")
+    rows.fill([f"{hour:%d.%m.%Y %H:%M}" for hour in HOURS])
+    error = rows.refusal()
+    call = re.search(r"SELECT (.*), … FROM …", error.fix)[1]
+    assert call == "to_timestamp(t, 'DD.MM.YYYY HH24:MI') AS t"
+    query = f"SELECT {call}, n FROM a"
+    rows.execute(f"ALTER DATABASE {make_url(rows.url).database} SET timezone TO 'UTC'")
+    assert set(rows.rows(query=query)["n"]) == WITHIN
+
+
+@every_dialect
+@pytest.mark.parametrize(("unit", "type_"), [(1, "integer"), (1000, "bigint"), (1000, "real"), (1, "datetime")])
+def test_numbers_of_seconds_are_refused_and_read_as_advised(dialect, unit, type_, table):
+    """Seconds or milliseconds since 1970: the query that the refusal advises gives the rows of the window."""
+    if dialect == "postgresql":
+        type_ = {"datetime": "integer", "real": "double precision"}.get(type_, type_)
+    rows = table(dialect, type_)
+    rows.fill([int(hour.timestamp()) * unit for hour in HOURS])
+    error = rows.refusal()
+    assert f"holds no time in {len(HOURS)} rows, {int(HOURS[0].timestamp()) * unit}" in error.what
+    call = re.search(r"SELECT (.*), … FROM …", error.fix)[1]
+    frame = rows.rows(query=f"SELECT {call}, n FROM a")
+    assert (set(frame["n"]), frame["t"].min(), frame["t"].max()) == (WITHIN, START, WEEK.end - timedelta(hours=1))
+
+
+def test_values_of_several_types_in_sqlite_are_refused(table):
+    """SQLite sorts numbers before all text: they would be in no window."""
+    rows = table("sqlite", "datetime")
+    rows.fill([int(hour.timestamp()) if n % 3 == 0 else f"{hour:%Y-%m-%d %H:%M:%S}" for n, hour in enumerate(HOURS)])
+    assert f"holds no time in {len(HOURS) // 3} rows" in rows.refusal().what
+
+
+@pytest.mark.parametrize("type_", ["datetime", "timestamp", "date", "text", "varchar(30)", ""])
+def test_the_declared_type_of_sqlite_changes_nothing(type_, table):
+    """SQLite keeps text in a column of any type; the same rows come out."""
+    rows = table("sqlite", type_)
+    rows.fill([written(hour, ("iso", "zulu", "fraction")[n % 3]) for n, hour in enumerate(HOURS)])
+    assert set(rows.rows()["n"]) == WITHIN
+
+
+@pytest.mark.parametrize("type_", ["timestamptz", "timestamp", "date"])
+def test_times_without_end_lie_outside_of_every_window(type_, database):
+    """`infinity` has no counterpart in Python, and does no harm to a window that it is not in."""
+    database(f"CREATE TABLE a (t {type_}, n integer); INSERT INTO a VALUES ('infinity', 1), ('-infinity', 2)")
+    database("INSERT INTO a VALUES ('2013-01-02', 3)")
+    assert read({"url": database.url, "table": "a"})["n"].to_list() == [3]
+
+
+def test_a_column_that_sqlite_would_rename_is_refused(tmp_path):
+    """Of a join that gives `n` twice, SQLite makes `n` and `n:1` where it is asked for part of it."""
+    with sqlite3.connect(tmp_path / "a.db") as connection:
+        connection.executescript("CREATE TABLE a (t, n); INSERT INTO a VALUES ('2013-01-02', 1)")
+    query = "SELECT a.*, b.n FROM a JOIN a AS b USING (t)"
+    error = refusal({"url": "sqlite:///a.db", "query": query}, folder=tmp_path)
+    assert "column 'n' is there twice" in error.what
+    named = query.replace("b.n", "b.n AS m")
+    assert read({"url": "sqlite:///a.db", "query": named}, folder=tmp_path).columns == ["t", "n", "m"]
