@@ -189,8 +189,10 @@ def _why_it_ran(database: Database, event: Event) -> dict[str, Any]:
     if before is None:
         return {"stage": stage, "what": "ran", "because": "for the first time", "changed": []}
     changed = sorted(set(_differences(before.body["parts"], event.body["parts"])))
-    shown = [name for name in changed if name != "inputs.run"]
-    if "inputs.run" in changed:
+    shown = [name for name in changed if name not in ("inputs.run", "inputs.look")]
+    if event.body["parts"]["inputs"].get("look") and before.run_id == event.run_id:
+        because = "the run was cleared after the rows that it had read were refused, so it looked at the source again"
+    elif "inputs.run" in changed:
         because = {"ingest": "every run looks at the source once", "promote": "every run asks the gate once"}[stage]
         because += f"; changed since {before.run_id}: {', '.join(shown)}" if shown else ""
     elif shown:

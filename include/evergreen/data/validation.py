@@ -154,7 +154,10 @@ class Outcome:
         if self.validated.quarantine is not None:
             lines.append(f"  the rows: object {self.validated.quarantine.hash} of the store, Parquet")
         file = self.pack.folder / "pack.yaml"
-        fix = f"mend the rows at their source, or change the expectation, its mostly, or data.quarantine in {file}"
+        fix = (
+            f"mend the rows at their source, or change the expectation, its mostly, or data.quarantine in {file}; "
+            "then clear the run, ingest included, or start a new one"
+        )
         return ValidationError("\n".join(lines), fix=fix)
 
 

@@ -62,12 +62,16 @@ PACKAGE = Path(__file__).parents[1]
 def ingest(run: Run) -> Ingested:
     """Read the source up to as-of and put canonical partitions into the store.
 
-    Reading a source is an observation: its key holds the run, so every run looks once, and only once. Partitions
+    Reading a source is an observation, so the key holds the run and the number of its look. A run keeps the rows of its
+    look once they are accepted; where `validate` or `snapshot` failed on them, a cleared run looks again. Partitions
     known from an earlier look at the same source are read again within `lookback` only.
     """
     pack, store = run.pack, Store(run.settings)
-    source = {"source": reading.what(run), "data": reading.how(pack), "code": pack.code_hash}
-    inputs = {"run": run.id, "as_of": run.as_of.isoformat(), "source": digest(source)}
+    number, accepted = reading.look(run)
+    source = digest(reading.source_of(run))
+    inputs: dict[str, Any] = {"run": run.id, "as_of": run.as_of.isoformat(), "source": source}
+    if number:
+        inputs["look"] = number
 
     def act() -> Ingested:
         reading.require_past(run)
@@ -96,6 +100,14 @@ def ingest(run: Run) -> Ingested:
             note=note_text,
         )
 
+    if accepted:
+        note(
+            run,
+            "ingest",
+            "progress",
+            f"keeps the rows that this run accepted before; to look at the source again, start a new run: "
+            f"evergreen run {pack.name}",
+        )
     return perform(
         run,
         "ingest",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from evergreen.data import partitions, sources
 from evergreen.data.store import Store
 from evergreen.errors import SourceError, StaleDataError
 from evergreen.keys import WATCH, note, on_the_clock
-from evergreen.pack import Pack, PythonSource
+from evergreen.pack import PythonSource
 from evergreen.run import Manifest, PartitionFile, Ref, Run, Window, Windows, count, period_name, step
 from evergreen.training import jobs
 from evergreen.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
@@ -24,17 +25,46 @@ LOOKS = 3
 """How many looks of the monitor may be asked whether they count."""
 
 
-def how(pack: Pack) -> dict[str, Any]:
-    """What of `data` decides how rows become partitions."""
-    return {"event_time": pack.data.event_time, "target": pack.data.target, "partition": pack.data.partition}
+AGAIN = "clear the run, ingest included, or start a new one"
+"""The advice after rows were refused: `ingest` looks again, the stage that refused them alone does not."""
 
 
-def what(run: Run) -> dict[str, Any]:
-    """What the rows are read from: the pack's words, and where its connection leads now; never its secrets."""
-    source = run.pack.source
-    said = source.model_dump(mode="json", exclude_none=True)
-    name = said.get("connection")
-    return {**said, "place": run.connect(name).place} if name else said
+def look(run: Run) -> tuple[int, bool]:
+    """The number of the look at the source that this run's rows come from, and whether those rows were accepted.
+
+    It is 0, and one more after each look whose rows `validate` or `snapshot` failed on: nothing was accepted from that
+    look, so a cleared run looks again. Rows are accepted when the run's `snapshot` succeeds, the monitor's when its
+    `validate` does; from then on the number stays. A stage that was killed leaves no failure, so its retry keeps the
+    look.
+    """
+    database = db.connect(run.settings.database_url)
+    accepts = "validate" if run.id.startswith(WATCH) else "snapshot"
+    number, failed = 0, False
+    for event in database.events(run.pack.name, run_id=run.id, kind=("stage", "receipt", "failure")):
+        stage = event.body["stage"]
+        if event.kind == "stage" and stage == "ingest":
+            latest = event.body["parts"]["inputs"].get("look", 0)
+            number, failed = latest, failed and latest == number
+        elif event.kind == "failure" and stage in ("validate", "snapshot"):
+            failed = True
+        elif event.kind != "failure" and stage == accepts:
+            return number, True
+    return number + failed, False
+
+
+def source_of(run: Run) -> dict[str, Any]:
+    """Return all that the rows depend on, for the key of `ingest`; it holds no secret.
+
+    It has the source in the pack's words and where its connection leads now, the fields of `data` that decide how rows
+    become partitions, and the pack's Python for a source that runs it.
+    """
+    pack = run.pack
+    source = pack.source.model_dump(mode="json", exclude_none=True)
+    if name := source.get("connection"):
+        source["place"] = run.connect(name).place
+    data = {"event_time": pack.data.event_time, "target": pack.data.target, "partition": pack.data.partition}
+    code = pack.code_hash if isinstance(pack.source, PythonSource) else None
+    return {"source": source, "data": data, "code": code}
 
 
 def known_manifest(run: Run, source: str, store: Store) -> Manifest | None:
@@ -47,8 +77,11 @@ def known_manifest(run: Run, source: str, store: Store) -> Manifest | None:
     database = db.connect(run.settings.database_url)
     if run.force:
         return None
-    looks = 0
+    looks, seen = 0, set()
     for event in database.newest(run.pack.name, kind="stage", stage="ingest"):
+        if event.run_id in seen:
+            continue  # an earlier look of that run, whose rows were refused
+        seen.add(event.run_id)
         inputs = event.body["parts"]["inputs"]
         if inputs["source"] != source or datetime.fromisoformat(inputs["as_of"]) > run.as_of:
             continue
@@ -68,7 +101,7 @@ def _whole(store: Store, ref: Ref) -> Manifest | None:
 
 
 def _accepted(run: Run, store: Store, results: list[db.Event]) -> bool:
-    """Whether a look's run came to a snapshot, or was the monitor's and could have."""
+    """Whether a look's run came to a snapshot, or was the monitor's and could have; by what came after the look."""
     by_stage = {event.body["stage"]: event for event in results}
     if "snapshot" in by_stage or "validate" not in by_stage or not str(results[0].run_id).startswith(WATCH):
         return "snapshot" in by_stage
@@ -80,8 +113,9 @@ def _accepted(run: Run, store: Store, results: list[db.Event]) -> bool:
 
 
 def _results(database: db.Database, of: db.Event) -> list[db.Event]:
-    """How the stages of an event's run ended well: done, or skipped with a receipt."""
-    return [event for event in database.events(of.pack, run_id=of.run_id) if event.kind in ("stage", "receipt")]
+    """The values and receipts that the stages of an event's run left after it."""
+    events = database.events(of.pack, run_id=of.run_id, kind=("stage", "receipt"))
+    return [event for event in events if event.position > of.position]
 
 
 def observe(
@@ -98,15 +132,16 @@ def observe(
     with work_folder(run) as folder:
         for index, part in enumerate(to_read):
             out = folder / f"partitions-{index}"
-            read = partitions.write(
-                frames(run, part),
-                window=part,
-                partition=data.partition,
-                event_time=data.event_time,
-                target=data.target,
-                folder=out,
-                origin=f"pack {run.pack.name}: source {run.pack.source.kind}",
-            )
+            with closing(frames(run, part)) as rows:
+                read = partitions.write(
+                    rows,
+                    window=part,
+                    partition=data.partition,
+                    event_time=data.event_time,
+                    target=data.target,
+                    folder=out,
+                    origin=f"pack {run.pack.name}: source {run.pack.source.kind}",
+                )
             columns = partitions.agree(
                 columns, read.columns, f"pack {run.pack.name}: the source from {part.start:%Y-%m-%d}"
             )
@@ -119,7 +154,7 @@ def observe(
     )
 
 
-def frames(run: Run, window: Window) -> Iterator[pl.DataFrame]:
+def frames(run: Run, window: Window) -> Generator[pl.DataFrame, None, None]:
     """The source's rows within `window`; a Python source is read by a job of its own."""
     pack = run.pack
     if not isinstance(pack.source, PythonSource):
@@ -128,8 +163,10 @@ def frames(run: Run, window: Window) -> Iterator[pl.DataFrame]:
     job_id = job_id_of(run, "read", {"run": run.id, "window": window.model_dump(mode="json"), "code": pack.code_hash})
     spec = job_spec(run, "read", job_id, call=pack.source.call, window=window)
     finish_job(run, "ingest", spec, lambda folder: copy_python(pack, folder))
-    yield from sources.frames(run.settings.jobs / spec.id / "output" / "frames")
-    jobs.discard(run.settings, spec.id)
+    try:
+        yield from sources.frames(run.settings.jobs / spec.id / "output" / "frames")
+    finally:  # also where the rows are refused: a later attempt must not adopt this job, but read again
+        jobs.discard(run.settings, spec.id)
 
 
 def data_until(run: Run, manifest: Manifest) -> datetime:
@@ -199,7 +236,7 @@ def require_target(run: Run, store: Store, manifest: Manifest, windows: Windows)
             f"pack {pack.name}: the target {target!r} is empty in {count(sum(missing.values()), 'row')} of {manifest.rows}, "
             f"the first in {period_name(min(missing), manifest.partition)}",
             fix=f"fill it in the source or leave those rows out; expect_column_values_to_not_be_null: {{column: {target}}} "
-            "under expectations in pack.yaml sets a few aside",
+            f"under expectations in pack.yaml sets a few aside; then {AGAIN}",
         )
     if pack.data.task == "regression":
         return
@@ -209,7 +246,7 @@ def require_target(run: Run, store: Store, manifest: Manifest, windows: Windows)
         if len(classes) == 1:
             raise SourceError(
                 f"pack {pack.name}: the target {target!r} is {classes.pop()!r} in every row of the {name} window {window}",
-                fix=f"see what the source holds for these days, or make data.{name} longer in pack.yaml",
+                fix=f"see what the source holds for these days, or make data.{name} longer in pack.yaml; then {AGAIN}",
             )
 
 
