@@ -138,15 +138,12 @@ class Store:
     def path(self, ref: Ref) -> Path:
         """Where a file object lies in the local cache, pulled from the remote if need be. Read-only."""
         assert not ref.is_folder
-        kept = self._object(ref.hash)
-        if not kept.is_file() or kept.stat().st_size != ref.size:
-            self._fetch([ref.hash])
-        return kept
+        self._have([ref.hash])
+        return self._object(ref.hash)
 
     def read_bytes(self, ref: Ref) -> bytes:
         """The bytes of an object, checked against its hash."""
-        if not self._is_intact(ref.hash):
-            self._fetch([ref.hash])
+        self._have([ref.hash])
         return self._object(ref.hash).read_bytes()
 
     def read_json(self, ref: Ref) -> Any:
@@ -155,7 +152,7 @@ class Store:
 
     def contents(self, hashes: Collection[str]) -> dict[str, Any]:
         """The content of each of these JSON objects; those that are not here come all at once."""
-        self._fetch(md5 for md5 in hashes if not self._object(md5).is_file())
+        self._have(hashes)
         return {md5: self.read_json(Ref(hash=md5, size=0)) for md5 in hashes}
 
     def checkout(self, ref: Ref, destination: Path) -> None:
@@ -164,7 +161,7 @@ class Store:
         Files of the same name are replaced; others in the folder stay.
         """
         files = {"": ref.hash} if not ref.is_folder else self._members(ref)
-        self._fetch(md5 for md5 in files.values() if not self._object(md5).is_file())
+        self._have(files.values())
         with self._writing(f"check out {destination}"):
             if ref.is_folder:
                 destination.mkdir(parents=True, exist_ok=True)
@@ -225,9 +222,14 @@ class Store:
             raise self._nowhere(lost)
         self._remote.upload({md5: self._object(md5) for md5 in missing})
 
-    def _fetch(self, hashes: Iterable[str]) -> None:
-        """Pull these objects into the cache; StoreError for any that is not to be had intact."""
-        if lost := self._pull(set(hashes)):
+    def _have(self, hashes: Iterable[str]) -> None:
+        """Have these objects in the cache, each read and hashed before anybody uses it; pull what is absent or altered.
+
+        Raises StoreError for an object that neither the cache nor the remote has intact.
+        """
+        wanted = sorted(set(hashes))
+        broken = {md5 for md5, intact in zip(wanted, _each(self._is_intact, wanted), strict=True) if not intact}
+        if lost := self._pull(broken):
             raise self._nowhere(lost)
 
     def _pull(self, hashes: set[str]) -> set[str]:
@@ -278,7 +280,7 @@ class Store:
 
     def _is_intact(self, md5: str) -> bool:
         path = self._object(md5)
-        return path.is_file() and _md5(path) == md5.removesuffix(".dir")
+        return path.is_file() and _known_md5(path) == md5.removesuffix(".dir")
 
     def holds(self, refs: Iterable[Ref]) -> bool:
         """Whether these files are here or in the remote; their bytes are not looked at."""
@@ -528,6 +530,19 @@ def _temporary(folder: Path) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+_MD5: dict[tuple[int, int, int, int], str] = {}
+"""Hashes of files that this process has read: (device, inode, bytes, time of the last change in ns) → MD5."""
+
+
+def _known_md5(path: Path) -> str:
+    """The file's MD5; read again only where the file is not as this process last read it."""
+    stat = path.stat()
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if key not in _MD5:
+        _MD5[key] = _md5(path)
+    return _MD5[key]
 
 
 def _md5(path: Path) -> str:

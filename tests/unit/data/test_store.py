@@ -436,6 +436,30 @@ def test_an_altered_listing_is_not_believed(store: Store, folder: Path, cache: P
     assert sorted(store.listing(ref)) == ["a.txt", "sub/b.txt"]
 
 
+USES = {
+    "path": lambda store, ref, _: store.path(ref).read_bytes(),
+    "checkout": lambda store, ref, place: (store.checkout(ref, place), place.read_bytes())[1],
+    "contents": lambda store, ref, _: json.dumps(store.contents([ref.hash])[ref.hash]).encode(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_bytes_are_hashed_before_they_are_used(
+    store: Store, cache: Path, remote: Remote, tmp_path: Path, use: str
+) -> None:
+    """An altered object of the same size is never handed out: the true bytes come from the remote, or there is an error."""
+    ref = store.put_bytes(b'"hello"')
+    store.push([ref])
+    assert USES[use](store, ref, tmp_path / "first") == b'"hello"'  # it is known to be intact, until it changes
+    alter(object_of(cache, ref))
+    assert USES[use](store, ref, tmp_path / "second") == b'"hello"'
+    alter(object_of(cache, ref))
+    remote.alter(ref)
+    with pytest.raises(StoreError, match="neither from the cache"):
+        USES[use](store, ref, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
 def test_a_truncated_object_is_pulled_again(store: Store, cache: Path) -> None:
     """A file of another size than its reference is not handed out."""
     ref = store.put_bytes(b"hello")
