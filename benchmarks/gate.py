@@ -169,12 +169,13 @@ def retrained(seeds: int) -> Iterator[tuple[GateRules, HeldOut, np.ndarray]]:
             ingested = stages.ingest(run)
             snapshot = stages.snapshot(run, ingested, stages.validate(run, ingested))
             trained = stages.train(run, snapshot)
-            rows = scoring.holdout_rows(store, manifest_of(store, snapshot.manifest), snapshot.windows.holdout)
+            parts = manifest_of(store, snapshot.manifest).within(snapshot.windows.holdout)
+            rows = scoring.holdout_rows(store, parts, [pack.data.target, *pack.gate.columns])
             heldout = scoring.HeldOut.of(pack.gate, pack.data.task, pack.data.target, rows, None)
             yield (
                 pack.gate,
                 heldout,
-                looks.score(run, store, rows, {"challenger": trained.model}, {})["challenger"].predicted,
+                looks.score(run, store, parts, {"challenger": trained.model}, {})["challenger"].predicted,
             )
 
 

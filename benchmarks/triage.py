@@ -130,11 +130,11 @@ class World:
         days = rows["at"].dt.ordinal_day().to_numpy()
         places = sample(days)
         asked = rows[places]
-        partner = partners(asked)
+        partner = asked[partners(asked.height)]
         names = [*NUMBERS, *WORDS, "mobile"]
         swapped = [asked, *(asked.with_columns(partner[name]) for name in names)]
         predicted, *shuffled = np.split(self.predictions(pl.concat(swapped)), len(swapped))
-        by_column = dict(zip(names, shuffled, strict=True))
+        by_column = zip(names, shuffled, strict=True)
         truth = asked["bought"].to_numpy()
         return importance("binary", "roc_auc", truth, predicted, by_column, days[places], confidence=0.95)
 

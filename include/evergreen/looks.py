@@ -10,14 +10,15 @@ import io
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evergreen import columns
 from evergreen.data.store import Store
-from evergreen.errors import EvaluationError, RegistryError, StoreError
+from evergreen.errors import EvaluationError, JobError, RegistryError, StoreError
 from evergreen.monitoring.drift import PREDICTION, Drift, compare
 from evergreen.pack import Data, DriftRules
 from evergreen.registry.models import ModelVersion
@@ -59,6 +60,8 @@ class Reference(Value):
     """Windows of the snapshot beside the whole of it, back to back, the newest first: how far they stray anyway."""
     importance: tuple[Importance, ...] = ()
     """On the hold-out; none of a version that was registered before there was any."""
+    importance_note: str | None = None
+    """Why it is not known, or not of every column."""
 
 
 PROFILE = "profile.bin"
@@ -89,71 +92,80 @@ class Scored:
     predicted: np.ndarray
     """(n,), or (n, k) of k classes."""
     result: jobs.JobResult
-    swapped: tuple[np.ndarray, ...]
-    """Of each sample (1 + columns, n), or (1 + columns, n, k): as its rows are, then with one column of the partners'."""
+    importance: tuple[Measured, ...]
+    """On each sample."""
 
 
 def score(
     run: Run,
     store: Store,
-    rows: list[tuple[PartitionFile, pl.DataFrame]],
+    parts: Sequence[PartitionFile],
     models: dict[str, Ref],
-    ask: Mapping[str, Sequence[Sample]],
+    samples: Mapping[str, Sequence[Sample]],
 ) -> dict[str, Scored]:
-    """Predictions of each model on the same rows without the target, and on the samples that it is asked; one job each.
+    """Predictions of each model on the same rows without the target, and its importance on its samples; one job each.
 
-    `ask`: model → samples.
+    `samples`: model → samples.
     """
-    import numpy as np
-
-    handles = {}
-    for name, model in models.items():
-        samples = ask.get(name, ())
-        parts = {
-            "model": model.hash,
-            "rows": [part.object.hash for part, _ in rows],
-            "samples": [sample.identity for sample in samples],
-            "run": run.id,
-        }
-        spec = job_spec(run, "score", job_id_of(run, "score", parts))
-        handles[name] = jobs.start(run.settings, spec, _fill_with(run.pack.data.target, store, model, rows, samples))
+    handles = {name: _start(run, store, parts, model, samples.get(name, ())) for name, model in models.items()}
     scored = {}
-    for name, handle in handles.items():
+    for name, model in models.items():
+        asked, died = samples.get(name, ()), None
         try:
-            result = jobs.wait(handle)
+            try:
+                result = jobs.wait(handles[name])
+            except JobError as error:
+                if not asked:
+                    raise
+                # Importance may be what it died of, and no run fails for want of importance: once more without.
+                died = f"the job died that was to measure it: {error.what.partition('; log: ')[0]}"
+                handles[name] = _start(run, store, parts, model, ())
+                result = jobs.wait(handles[name])
         except EvaluationError:  # its folder stays, with its log; of the others nobody will ask for the predictions
-            for other in handles.values():
-                if other is not handle:
-                    jobs.discard(run.settings, other.spec.id)
+            for other, handle in handles.items():
+                if other != name:
+                    jobs.discard(run.settings, handle.spec.id)
             raise
-        file = handle.output / "predictions.parquet"
-        asked = sorted((handle.output / "samples").glob("*.npy"))
-        swapped = tuple(np.load(each, allow_pickle=False) for each in asked)
-        scored[name] = Scored(store.put(file), predictions_in(file), result, swapped)
+        output = handles[name].output
+        measured = tuple(
+            Measured((), _unknown(died))
+            if died
+            else _measured(run, sample, output / "samples" / f"{place:05d}.npy", result.notes.get(f"{place:05d}"))
+            for place, sample in enumerate(asked)
+        )
+        file = output / "predictions.parquet"
+        scored[name] = Scored(store.put(file), predictions_in(file), result, measured)
     for handle in handles.values():
         jobs.discard(run.settings, handle.spec.id)
     return scored
 
 
-def _fill_with(
-    target: str,
-    store: Store,
-    model: Ref,
-    rows: list[tuple[PartitionFile, pl.DataFrame]],
-    samples: Sequence[Sample],
-) -> Callable[[Path], None]:
+def _start(
+    run: Run, store: Store, parts: Sequence[PartitionFile], model: Ref, samples: Sequence[Sample]
+) -> jobs.Handle:
+    """Start, or adopt, the job that scores a model. One partition is in memory at a time."""
+    what = {
+        "model": model.hash,
+        "rows": [part.object.hash for part in parts],
+        "samples": [sample.identity for sample in samples],
+        "run": run.id,
+    }
+
     def fill(folder: Path) -> None:
+        target = run.pack.data.target
         store.checkout(model, folder / "model")
         (folder / "rows").mkdir(parents=True)
-        for part, frame in rows:
-            frame.drop(target).write_parquet(folder / "rows" / f"{part.period:%Y%m%dT%H}.parquet")
+        for part in parts:
+            rows = columns.read(store.path(part.object), without=[target])
+            rows.write_parquet(folder / "rows" / f"{part.period:%Y%m%dT%H}.parquet")
         for place, sample in enumerate(samples):
-            asked = folder / "samples" / f"{place:05d}"
-            asked.mkdir(parents=True)
-            sample.rows.drop(target).write_parquet(asked / "rows.parquet")
-            sample.partners.write_parquet(asked / "partners.parquet")
+            inputs = folder / "samples" / f"{place:05d}"
+            inputs.mkdir(parents=True)
+            sample.rows[[name for name in sample.rows.columns if name != target]].write_parquet(inputs / "rows.parquet")
+            told = {"columns": sample.columns, "partners": sample.partners.tolist(), "budget_s": sample.budget_s}
+            (inputs / "sample.json").write_text(json.dumps(told), encoding="utf-8")
 
-    return fill
+    return jobs.start(run.settings, job_spec(run, "score", job_id_of(run, "score", what)), fill)
 
 
 def predict_with(settings: Settings, name: str, model: Path, rows: pl.DataFrame, what: str) -> pl.DataFrame:
@@ -203,27 +215,25 @@ def predictions_in(file: Path) -> np.ndarray:
 
 def predictions(
     run: Run, store: Store, model: Ref, parts: Sequence[PartitionFile], samples: Sequence[Sample] = ()
-) -> tuple[dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]], tuple[np.ndarray, ...]]:
-    """The model's predictions for each partition, by its identity, and what `Scored.swapped` has of the samples.
+) -> tuple[dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]], tuple[Measured, ...]]:
+    """The model's predictions for each partition, by its identity, and its importance on each sample.
 
     What this machine does not know of the first, and the second, by one job.
     """
     import numpy as np
-    import polars as pl
 
     folder = run.settings.cache / "predictions" / model.hash
     folder.mkdir(parents=True, exist_ok=True)
     files = {part.identity: folder / f"{part.identity}.npy" for part in parts}
     unknown = [part for part in parts if not files[part.identity].is_file()]
-    swapped: tuple[np.ndarray, ...] = ()
+    measured: tuple[Measured, ...] = ()
     if unknown or samples:
         asked = unknown or list(parts[-1:])  # a job has rows
-        rows = [(part, pl.read_parquet(store.path(part.object))) for part in asked]
-        scored = score(run, store, rows, {"champion": model}, {"champion": samples})["champion"]
-        swapped = scored.swapped
-        for part, found in zip(asked, _cut(scored.predicted, asked), strict=True):
-            write_whole(files[part.identity], _npy(found))
-    return {identity: np.load(file, allow_pickle=False) for identity, file in files.items()}, swapped
+        scored = score(run, store, asked, {"champion": model}, {"champion": samples})["champion"]
+        measured = scored.importance
+        for part, predicted in zip(asked, _cut(scored.predicted, asked), strict=True):
+            write_whole(files[part.identity], _npy(predicted))
+    return {identity: np.load(file, allow_pickle=False) for identity, file in files.items()}, measured
 
 
 def _cut(predicted: np.ndarray, parts: Sequence[PartitionFile]) -> list[np.ndarray]:
@@ -241,42 +251,85 @@ def _npy(array: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-# What a model leans on.
+# Importance.
+
+
+IMPORTANCE_S = 300.0
+"""How long measuring importance on one sample may take when a model is evaluated. The monitor gives it twice as long, so
+that it gets as far with what it compares."""
+
+
+SAMPLE = 2
+"""Of the files by which a job is told what to permute, and answers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Rows on which a model is asked what it leans on, and their partners; all with labels."""
+    """Rows by which importance is measured; all with labels."""
 
     identity: str
     """Of the partitions and columns that it follows from."""
     rows: pl.DataFrame
-    partners: pl.DataFrame
-    """The columns that take part."""
+    columns: tuple[str, ...]
+    """Those that are permuted, one at a time."""
+    partners: np.ndarray
+    """(n,) the place of the row whose value each row gets."""
     clusters: np.ndarray
     """(n,) the partition of each row."""
+    metric: str
+    classes: Sequence[Any] | None
+    """Of a multiclass target, in the order of the model's predictions."""
+    budget_s: float
 
 
-def sample(rows: Sequence[tuple[PartitionFile, pl.DataFrame]], target: str, columns: Collection[str]) -> Sample | None:
-    """The rows of these partitions that are asked; None where no row has a label."""
+class Measured(NamedTuple):
+    """The importance of a model's columns on a sample."""
+
+    importance: tuple[Importance, ...]
+    """The greatest first; of those columns that were measured."""
+    note: str | None
+    """Why it is not known, or not of every column; None where nothing kept it from being measured."""
+
+
+def sample(
+    run: Run,
+    store: Store,
+    parts: Sequence[PartitionFile],
+    inputs: Collection[str],
+    *,
+    metric: str,
+    classes: Sequence[Any] | None,
+    budget_s: float,
+) -> Sample | None:
+    """A sample of the rows of these partitions, permuted by those of `inputs` that they have; None where no row has a label."""
     import numpy as np
     import polars as pl
 
     from evergreen.evaluation import importance
 
-    table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
-    clusters = np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows])
-    places = np.flatnonzero(labelled(table[target]))
+    target = run.pack.data.target
+    files = [store.path(part.object) for part in parts]
+    there = [labelled(columns.read(file, [target])[target]) for file in files]
+    clusters = np.repeat(np.arange(len(there)), [len(each) for each in there])
+    places = np.flatnonzero(np.concatenate(there)) if there else np.empty(0, dtype=int)
     if not len(places):
         return None
     places = places[importance.sample(clusters[places])]
-    asked = table[places]
-    taken = [name for name in columns if name in table.columns]
+    starts = np.cumsum([0, *(len(each) for each in there)])
+    rows = pl.concat(
+        [pl.read_parquet(file)[places[clusters[places] == n] - starts[n]] for n, file in enumerate(files)],
+        how="vertical_relaxed",
+    )
+    permuted = tuple(name for name in inputs if name in rows.columns)
     return Sample(
-        identity=digest([[part.identity for part, _ in rows], taken]),
-        rows=asked,
-        partners=importance.partners(asked.select(taken)),
+        identity=digest([SAMPLE, [part.identity for part in parts], permuted]),
+        rows=rows,
+        columns=permuted,
+        partners=importance.partners(rows.height),
         clusters=clusters[places],
+        metric=metric,
+        classes=classes,
+        budget_s=budget_s,
     )
 
 
@@ -286,27 +339,53 @@ def labelled(target: pl.Series) -> np.ndarray:
     return known.to_numpy()
 
 
-def importance_of(
-    run: Run, asked: Sample, swapped: np.ndarray, metric: str, classes: Sequence[Any] | None
-) -> tuple[Importance, ...]:
-    """What the model leans on, from its predictions for a sample (`Scored.swapped`); the greatest first."""
+def _measured(run: Run, sample: Sample, file: Path, note: str | None) -> Measured:
+    """The importance that follows from a job's predictions for a sample, which are read one column at a time."""
+    import numpy as np
+
     from evergreen.evaluation.importance import importance
 
     data = run.pack.data
-    return importance(
-        data.task,
-        metric,
-        asked.rows[data.target].to_numpy(),
-        swapped[0],
-        dict(zip(asked.partners.columns, swapped[1:], strict=True)),
-        asked.clusters,
-        confidence=run.pack.gate.primary.confidence,
-        classes=classes,
-    )
+    with file.open("rb") as stream:
+
+        def shuffled() -> Iterator[tuple[str, np.ndarray]]:
+            for name in sample.columns:
+                try:
+                    predicted = np.load(stream, allow_pickle=False)
+                except EOFError:  # the job stopped here, and its note says why
+                    return
+                if predicted.size:
+                    yield name, predicted
+
+        try:
+            found = importance(
+                data.task,
+                sample.metric,
+                sample.rows[data.target].to_numpy(),
+                np.load(stream, allow_pickle=False),
+                shuffled(),
+                sample.clusters,
+                confidence=run.pack.gate.primary.confidence,
+                classes=sample.classes,
+            )
+        except EOFError:
+            found = ()
+        except EvaluationError as error:
+            return Measured((), _unknown(error.what))
+    if note is None:
+        return Measured(found, None)
+    if not found:
+        return Measured((), _unknown(note))
+    known = f"{len(found):,} of {count(len(sample.columns), 'column')}".replace(",", " ")
+    return Measured(found, f"importance is known of {known}: {note}")
+
+
+def _unknown(why: str) -> str:
+    return f"importance is not known: {why}"
 
 
 def importance_file(run: Run, model: Ref, parts: Sequence[PartitionFile], metric: str) -> Path:
-    """Where this machine keeps what the model leans on in these partitions together."""
+    """Where this machine keeps the model's importance in these partitions together."""
     about = [IMPORTANCE, metric, run.pack.gate.primary.confidence, [part.identity for part in parts]]
     return run.settings.cache / "importance" / model.hash / f"{digest(about)}.json"
 
@@ -408,6 +487,7 @@ def reference_of(
     metric: str,
     figure: Estimate,
     importance: tuple[Importance, ...],
+    importance_note: str | None,
     classes: Sequence[Any] | None,
 ) -> tuple[Profile, Reference]:
     """The profile of all rows, with the predictions of the hold-out's; and how far its windows stray from it."""
@@ -426,5 +506,6 @@ def reference_of(
         classes=tuple(classes) if classes else None,
         usual=tuple(usual),
         importance=importance,
+        importance_note=importance_note,
     )
     return reference, about

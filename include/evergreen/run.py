@@ -387,6 +387,8 @@ class Evaluated(Value):
     """Folder of ROC, precision-recall and calibration figures, and of importance."""
     importance: tuple[Importance, ...] = ()
     """Of each column that the challenger takes, the greatest first; none in what was evaluated before there was any."""
+    importance_note: str | None = None
+    """Why it is not known, or not of every column; None where nothing kept it from being measured."""
 
     def summary(self) -> str:
         estimate = self.challenger.metrics[self.primary]
@@ -397,7 +399,8 @@ class Evaluated(Value):
             parts.append("no champion to compare with")
         elif self.champion.withheld:
             parts.append(f"champion withheld: {self.champion.withheld}")
-        return f"{', '.join(parts)}, on {count(self.challenger.rows, 'row')}"
+        text = f"{', '.join(parts)}, on {count(self.challenger.rows, 'row')}"
+        return f"{text}; {self.importance_note}" if self.importance_note else text
 
 
 class Verdict(Value):

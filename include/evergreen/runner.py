@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import mmap
 import os
@@ -22,7 +23,7 @@ import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -167,48 +168,118 @@ def check_model_folder(model: Path, job_folder: Path) -> None:
             )
 
 
+FRAME_CELLS = 2**25
+"""Values in one frame of rows to predict. Rows of a wide table are predicted in several frames, those of others in one."""
+SAMPLE_BYTES = 2**32
+"""Predictions kept of one sample, for want of disk."""
+
+
 def score(folder: Path, spec: JobSpec) -> dict[str, Any]:
-    """`score`: the model's predictions for all rows, in one batch, and how long it takes for single ones.
+    """`score`: the model's predictions for all rows, and how long it takes for single ones.
 
     `output/predictions.parquet` has the column `prediction`, or `prediction_0` … `prediction_<k-1>` for k classes, in
-    the order of the rows. Latencies are of predicting a frame of one row, in ms. Of each folder in `input/samples`,
-    `output/samples/<name>.npy` has what `_swapped` predicts. Raises EvaluationError when the predictions are not what
-    the task asks for.
+    the order of the rows. Latencies are of predicting a frame of one row, in ms. `input/samples/<name>` are the samples
+    by which importance is measured: see `_permuted`. Raises EvaluationError when the predictions are not what the task
+    asks for.
     """
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    started = time.monotonic()
     model = _import(folder / "input" / "model" / "loader.py").load(folder / "input" / "model")
-    files = sorted((folder / "input" / "rows").glob("*.parquet"))
-    tables = [pq.read_table(file, partitioning=None) for file in files]
-    frame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
-    _leaves_as_it_is(model, frame.head(64), spec)
-    values = checked_predictions(model.predict(frame), len(frame), spec)
+    frames = _frames(sorted((folder / "input" / "rows").glob("*.parquet")))
+    first = next(frames)
+    _leaves_as_it_is(model, first.head(64), spec)
+    predicted = [
+        checked_predictions(model.predict(frame), len(frame), spec) for frame in itertools.chain([first], frames)
+    ]
+    values = np.concatenate(predicted)
     columns = (
         {"prediction": values}
         if values.ndim == 1
         else {f"prediction_{k}": values[:, k] for k in range(values.shape[1])}
     )
     pq.write_table(pa.table(columns), folder / "output" / "predictions.parquet")
-    latency = _latency_ms(model, frame)  # before the samples, which must not touch it
-    for sample in sorted((folder / "input" / "samples").glob("*")):
-        (folder / "output" / "samples").mkdir(exist_ok=True)
-        np.save(folder / "output" / "samples" / f"{sample.name}.npy", _swapped(model, sample, spec), allow_pickle=False)
-    return {"metrics": {"rows": len(frame), **latency}}
+    latency = _latency_ms(model, first)  # before the samples, which must not touch it
+    del first
+    samples = sorted((folder / "input" / "samples").glob("*"))
+    notes = {}
+    for place, sample in enumerate(samples):
+        left_s = started + 0.9 * spec.timeout_s - time.monotonic()
+        if (note := _permuted(model, sample, folder / "output", spec, left_s / (len(samples) - place))) is not None:
+            notes[sample.name] = note
+    return {"metrics": {"rows": len(values), **latency}, "notes": notes}
 
 
-def _swapped(model: Any, sample: Path, spec: JobSpec) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """(1 + columns, n), or (1 + columns, n, k): predictions for `rows.parquet`; then, by column, with the partners' values.
+def _frames(files: Sequence[Path]) -> Iterator[pd.DataFrame]:
+    """The rows of Parquet files, in frames of whole files and about `FRAME_CELLS` values at most; at least one frame."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    `partners.parquet` has as many rows, and the columns that take part in their order.
+    schema = pa.unify_schemas([pq.read_schema(file) for file in files], promote_options="permissive")
+    tables: list[pa.Table] = []
+    for place, file in enumerate(files, start=1):
+        tables.append(pq.ParquetFile(file).read())
+        cells = sum(table.num_rows for table in tables) * len(schema)
+        if cells >= FRAME_CELLS or place == len(files):
+            # Every frame has the types that the columns have over all files.
+            whole = pa.concat_tables([schema.empty_table(), *tables], promote_options="permissive")
+            tables = []
+            yield whole.to_pandas()
+
+
+def _permuted(model: Any, sample: Path, output: Path, spec: JobSpec, left_s: float) -> str | None:
+    """Predict a sample's rows as they are, and with the values of one column permuted at a time.
+
+    `sample` has `rows.parquet` and `sample.json`: the columns, the place of each row's partner, and the time that may be
+    taken. `output/samples/<name>.npy` gets one array after another: the predictions for the rows as they are, then for
+    each column in turn with the partners' values in it; an empty array where the model fails. So memory holds one frame
+    and its original, whatever the number of columns. Return why columns are missing; None where none is.
     """
     import numpy as np
     import pyarrow.parquet as pq
 
-    rows, partners = (pq.read_table(sample / f"{name}.parquet").to_pandas() for name in ("rows", "partners"))
-    frames = (rows, *(rows.assign(**{name: partners[name]}) for name in partners))
-    return np.stack([checked_predictions(model.predict(frame), len(rows), spec) for frame in frames])
+    told = json.loads((sample / "sample.json").read_bytes())
+    budget_s = min(told["budget_s"], left_s)
+    ends = time.monotonic() + budget_s
+    (output / "samples").mkdir(exist_ok=True)
+    with (output / "samples" / f"{sample.name}.npy").open("wb") as file:
+        try:
+            original = pq.ParquetFile(sample / "rows.parquet").read().to_pandas()
+            rows = original.copy()
+            partners = np.array(told["partners"], dtype=np.int64)
+            np.save(file, checked_predictions(model.predict(rows), len(rows), spec), allow_pickle=False)
+        except Exception as error:  # noqa: BLE001  no run fails for want of importance
+            return f"the model fails on a sample of the rows: {_short(error)}"
+        why = None
+        for name in told["columns"]:
+            if time.monotonic() >= ends:
+                why = f"the {budget_s:.0f} s that it may take were used up"
+                break
+            if file.tell() > SAMPLE_BYTES:
+                why = f"its predictions reached {SAMPLE_BYTES / 2**30:.0f} GiB"
+                break
+            place = original.columns.get_loc(name)
+            values = original.iloc[:, place].array
+            rows.isetitem(place, values.take(partners))
+            try:
+                predicted = checked_predictions(model.predict(rows), len(rows), spec)
+            except Exception as error:  # noqa: BLE001  shuffled rows are rows that never were: models may refuse them
+                why = f"the model fails where {name[:80]!r} is shuffled: {_short(error)}"
+                predicted = np.empty(0)
+            if not rows.columns.equals(original.columns):
+                break
+            np.save(file, predicted, allow_pickle=False)
+            rows.isetitem(place, values.copy())
+        if not rows.equals(original):  # what one column's turn left would stand in the next one's
+            file.truncate(0)
+            return "the model changes the frame that it predicts from"
+    return why
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def checked_predictions(predictions: Any, rows: int, spec: JobSpec) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -1,12 +1,15 @@
 """What the job's entry does, each in a process of its own, as in life."""
 
+import ast
 import io
 import json
 import math
 import pickle
 import zipfile
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
+import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -15,7 +18,7 @@ import safetensors.numpy
 from evergreen.errors import EvaluationError, PackError, SourceError, TrainingError
 from evergreen.pack import parse_instant
 from evergreen.run import Window
-from evergreen.runner import check_model_folder, checked_predictions
+from evergreen.runner import _frames, check_model_folder, checked_predictions
 from evergreen.settings import Settings
 from evergreen.training import jobs
 from evergreen.training.jobs import JobSpec
@@ -83,7 +86,7 @@ def train(settings, source=TRAIN, **changes):
 
 
 def score(settings, prediction, sample=None, **changes):
-    """The predictions of a model whose `predict` returns this expression; `sample` is rows and their partners."""
+    """The predictions of a model whose `predict` returns this expression; `sample`: rows, and what is told of them."""
 
     def fill(folder):
         (folder / "model").mkdir()
@@ -93,9 +96,11 @@ def score(settings, prediction, sample=None, **changes):
         ROWS[:3].drop("y").write_parquet(folder / "rows" / "0.parquet")
         ROWS[3:].drop("y").write_parquet(folder / "rows" / "1.parquet")
         if sample is not None:
+            rows, told = sample
             (folder / "samples" / "0").mkdir(parents=True)
-            for name, frame in zip(("rows", "partners"), sample, strict=True):
-                frame.write_parquet(folder / "samples" / "0" / f"{name}.parquet")
+            rows.write_parquet(folder / "samples" / "0" / "rows.parquet")
+            told = {"columns": rows.columns, "partners": [*range(1, rows.height), 0], "budget_s": 60.0} | told
+            (folder / "samples" / "0" / "sample.json").write_text(json.dumps(told))
 
     handle, result = finish(settings, "score", fill, **changes)
     return pl.read_parquet(handle.output / "predictions.parquet"), result
@@ -282,16 +287,102 @@ def test_single_rows_are_timed(settings):
     assert 2 <= result.metrics["latency_p50_ms"] <= result.metrics["latency_p95_ms"] < 500
 
 
-def test_samples_are_predicted_as_they_are_and_by_column_with_their_partners(settings):
-    """One column at a time, in the order of the partners' columns; the rows' own predictions and number stay theirs."""
+def permuted(settings):
+    """What a job wrote of its sample, one array after another."""
+    found = []
+    with (settings.jobs / "job" / "output" / "samples" / "0.npy").open("rb") as file:
+        while True:
+            try:
+                found.append(np.load(file).tolist())
+            except EOFError:
+                return found
+
+
+def test_samples_are_predicted_as_they_are_and_with_one_column_permuted_at_a_time(settings):
+    """In the order that is told; the rows' own predictions and number stay theirs."""
     rows = pl.DataFrame({"x": [0.1, 0.2], "z": [1.0, 2.0], "t": [0, 1]})
-    partners = pl.DataFrame({"z": [2.0, 1.0], "x": [0.2, 0.1]})
     source = "frame['x'].to_numpy() + (10 * frame['z'].to_numpy() if 'z' in frame else 0)"
-    predictions, result = score(settings, source, (rows, partners), task="regression")
-    swapped = np.load(settings.jobs / "job" / "output" / "samples" / "0.npy")
-    assert swapped == pytest.approx(np.array([[10.1, 20.2], [20.1, 10.2], [10.2, 20.1]]))
+    predictions, result = score(settings, source, (rows, {"columns": ["z", "x"]}), task="regression")
+    for found, expected in zip(permuted(settings), [[10.1, 20.2], [20.1, 10.2], [10.2, 20.1]], strict=True):
+        assert found == pytest.approx(expected)
     assert predictions["prediction"].to_list() == ROWS["x"].to_list()
-    assert result.metrics["rows"] == 4
+    assert (result.metrics["rows"], result.notes) == (4, {})
+
+
+def test_a_column_of_any_type_is_permuted_and_put_back(settings):
+    """The model sees the types that it sees in the rows as they are, missing values among them."""
+    day = datetime(2024, 1, 1, tzinfo=UTC)
+    rows = pl.DataFrame(
+        {
+            "float": [0.5, None, 2.0],
+            "int": [1, 2, 3],
+            "gaps": [1, None, 3],
+            "bool": [True, False, True],
+            "text": ["a", None, "c"],
+            "nothing": [None, None, None],
+            "time": [day, None, day + timedelta(days=1)],
+            "date": [day.date(), day.date(), None],
+            "^.*$": ["b", "c", "d"],
+        }
+    ).with_columns(category=pl.col("text").cast(pl.Categorical))
+    source = "print(frame.dtypes.to_dict(), frame.map(str).values.tolist()) or [0.5] * len(frame)"
+    score(settings, source, (rows, {}))
+    seen = [line for line in (settings.jobs / "job" / "log.txt").read_text().splitlines() if "category" in line]
+    types, values = zip(*(line.split("} ", 1) for line in seen), strict=True)
+    values = [ast.literal_eval(each) for each in values]
+    assert len(set(types)) == 1
+    for place, shuffled in enumerate(values[1:]):
+        expected = [list(row) for row in values[0]]
+        for row, partner in zip(expected, (1, 2, 0), strict=True):
+            row[place] = values[0][partner][place]
+        assert shuffled == expected, rows.columns[place]
+
+
+def test_one_frame_serves_all_columns_of_a_sample(settings):
+    """A wide table takes the memory of one frame, however many columns it has."""
+    rows = pl.DataFrame({f"x{n}": [0.1, 0.2] for n in range(50)})
+    score(settings, "[float(id(frame))] * len(frame)", (rows, {}), task="regression")
+    assert len({prediction for found in permuted(settings) for prediction in found}) == 1
+
+
+def test_a_model_that_refuses_shuffled_rows_keeps_its_other_columns(settings):
+    """The note names the column and the error; the job succeeds."""
+    rows = pl.DataFrame({"x": [1.0, 2.0], "y": [1.0, 2.0], "z": [1.0, 2.0]})
+    source = "frame['x' if 'z' not in frame else 'z' if frame['y'].is_monotonic_increasing else 1 / 0].to_numpy()"
+    _, result = score(settings, source, (rows, {}), task="regression")
+    assert permuted(settings) == [[1.0, 2.0], [1.0, 2.0], [], [2.0, 1.0]]
+    assert result.notes == {"0": "the model fails where 'y' is shuffled: ZeroDivisionError: division by zero"}
+
+
+def test_a_sample_ends_when_its_time_is_used_up(settings):
+    """What is left out is said; the predictions and the job are as they would be."""
+    rows = pl.DataFrame({"x": [0.1, 0.2], "z": [1.0, 2.0]})
+    source = "__import__('time').sleep(0.5 * (len(frame) == 2)) or frame['x'].to_numpy()"
+    _, result = score(settings, source, (rows, {"budget_s": 0.75}))
+    assert permuted(settings) == [[0.1, 0.2], [0.2, 0.1]]
+    assert result.notes == {"0": "the 1 s that it may take were used up"}
+
+
+def test_nothing_is_kept_of_a_model_that_changes_its_frame_now_and_then(settings):
+    """What one column's turn left in the frame would stand in the next one's."""
+    rows = pl.DataFrame({"x": [0.1, 0.2], "z": [5.0, 5.0]})
+    source = "frame['x'].to_numpy() if frame.columns[-1] != 'z' else frame.pop('z').to_numpy() / 10"
+    _, result = score(settings, source, (rows, {}))
+    assert permuted(settings) == []
+    assert result.notes == {"0": "the model changes the frame that it predicts from"}
+
+
+def test_rows_of_a_wide_table_are_predicted_in_several_frames(settings, tmp_path, monkeypatch):
+    """Each has the types that the columns have over all rows; the predictions are those of one frame."""
+    for name, frame in (("a", ROWS[:3]), ("b", ROWS[3:].with_columns(x=pl.lit(None)))):
+        frame.write_parquet(tmp_path / f"{name}.parquet")
+    files = sorted(tmp_path.glob("*.parquet"))
+    whole = list(_frames(files))
+    monkeypatch.setattr("evergreen.runner.FRAME_CELLS", 1)
+    parts = list(_frames(files))
+    assert ([len(each) for each in whole], [len(each) for each in parts]) == ([4], [3, 1])
+    assert pd.concat(parts, ignore_index=True).equals(whole[0])
+    assert all(each.dtypes.equals(whole[0].dtypes) for each in parts)
 
 
 def test_classes_have_a_column_each(settings):

@@ -23,17 +23,14 @@ permutation forces extrapolation", Statistics and Computing 31, 2021). It says w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from evergreen.evaluation.metrics import Array, Rows, direction, figures
 from evergreen.evaluation.significance import jackknife, standard_error, without_each
 from evergreen.run import Importance
-
-if TYPE_CHECKING:
-    import polars as pl
 
 ROWS = 2000
 """Most rows that are asked; more only where there are more partitions."""
@@ -54,12 +51,12 @@ def sample(clusters: Array) -> Array:
     return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, dtype=int)
 
 
-def partners(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows in another order: in the place of each its partner, which is another row."""
-    order = np.random.default_rng(SEED).permutation(rows.height)
+def partners(rows: int) -> Array:
+    """(rows,) the place of each row's partner, which is another row."""
+    order = np.random.default_rng(SEED).permutation(rows)
     partner = np.empty_like(order)
     partner[order] = np.roll(order, 1)
-    return rows[partner]
+    return partner
 
 
 def importance(
@@ -67,7 +64,7 @@ def importance(
     metric: str,
     truth: Array,
     predicted: Array,
-    shuffled: Mapping[str, Array],
+    shuffled: Iterable[tuple[str, Array]],
     clusters: Array,
     *,
     confidence: float,
@@ -75,19 +72,22 @@ def importance(
 ) -> tuple[Importance, ...]:
     """The importance of each column, the greatest first; none where the metric is undefined on the rows.
 
-    `shuffled`: column → predictions where its values are the partners'. The rest is as `significance.intervals` takes
-    it. Raises EvaluationError where `metrics.score` would.
+    `shuffled`: each column, and the predictions where its values are the partners'; they are looked at one at a time, so
+    that those of a wide table need not be in memory together. The rest is as `significance.intervals` takes it. Raises
+    EvaluationError where `metrics.score` would.
     """
     rows = Rows.of(task, truth, predicted, clusters, classes)
     sign, without = direction(metric), without_each(rows)
     weights = np.concatenate((np.ones((1, rows.partitions)), without))  # as they are; then less each partition
 
-    def lost(name: str) -> Array:
-        return sign * (whole - figures(Rows.of(task, truth, shuffled[name], clusters, classes), metric, weights))
+    def loss_of(permuted: Array) -> Array:
+        return sign * (whole - figures(Rows.of(task, truth, permuted, clusters, classes), metric, weights))
 
     whole = figures(rows, metric, weights)
-    losses = {name: lost(name) for name in shuffled}
-    if not losses or math.isnan(whole[0]):
+    if math.isnan(whole[0]):
+        return ()
+    losses = {name: loss_of(permuted) for name, permuted in shuffled}
+    if not losses:
         return ()
     total = np.sum([np.abs(each) for each in losses.values()], axis=0)
     found = []

@@ -144,7 +144,12 @@ def _figures(report: Report) -> Section:
     columns = ("metric", mine_is, *compared, f"interval of {mine_is}")
     where = f"On {count(mine.rows, 'row')}, {_window(evaluated.holdout)}, intervals of {evaluated.confidence:.0%}."
     withheld = (f"The champion's figures are withheld: {champion.withheld}.",) if champion and champion.withheld else ()
-    return Section("Figures", (where, *withheld), columns, tuple(rows))
+    importance = (
+        (f"{evaluated.importance_note[0].upper()}{evaluated.importance_note[1:]}.",)
+        if evaluated.importance_note
+        else ()
+    )
+    return Section("Figures", (where, *withheld, *importance), columns, tuple(rows))
 
 
 def _slices(report: Report) -> Iterator[Section]:

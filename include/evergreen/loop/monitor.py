@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from evergreen import columns, errors, looks
 from evergreen import database as db
-from evergreen import errors, looks
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, RegistryError, StageError
 from evergreen.evaluation import metrics, significance
@@ -147,6 +147,8 @@ class Watcher:
         self._known: dict[Window, tuple[Profile, Drift]] = {}
         self._predictions: dict[str, np.ndarray] = {}
         self._importance: dict[Window, tuple[Importance, ...]] = {}
+        self._unmeasured: dict[Window, str] = {}
+        """Why the importance of a window could not be measured."""
         self.strange: str | None = None
         """Why labels that have arrived are none that the champion could be held to; None: they are."""
         self._usual = [
@@ -165,7 +167,7 @@ class Watcher:
         return [*reversed(more), *reversed(found[: self.rules.of])]
 
     def score(self, *looked: Sequence[Window]) -> None:
-        """Have the champion's predictions for all rows that it has not seen, and what it leans on, by one job.
+        """Have the champion's predictions for all rows that it has not seen, and its importance, by one job.
 
         Each of `looked` is what one look sees, the oldest window first; as many windows as the rules confirm by, the
         newest with labels, are asked for importance. Raises EvaluationError where the champion cannot predict the rows:
@@ -176,17 +178,15 @@ class Watcher:
             part.identity: part for windows in unseen for window in windows for part in self.manifest.within(window)
         }
         samples = self._samples(unseen) if self.champion.reference.importance else {}
-        self._predictions, swapped = looks.predictions(
+        self._predictions, measured = looks.predictions(
             self.run, self.store, self.champion.model, list(parts.values()), list(samples.values())
         )
-        reference = self.champion.reference
-        for (window, sample), found in zip(samples.items(), swapped, strict=True):
-            try:
-                told = looks.importance_of(self.run, sample, found, reference.metric, reference.classes)
-            except EvaluationError:  # of the labels, which `_performance` says more of
-                continue
-            self._importance[window] = told
-            looks.keep_importance(self._kept(window), told)
+        for window, (importance, note) in zip(samples, measured, strict=True):
+            if note is None:
+                self._importance[window] = importance
+                looks.keep_importance(self._kept(window), importance)
+            else:  # shares of some columns are not comparable with shares of all
+                self._unmeasured[window] = note
 
     def _samples(self, unseen: Sequence[Sequence[Window]]) -> dict[Window, looks.Sample]:
         """Rows of the windows whose importance this machine does not know yet; what it knows is taken over."""
@@ -211,11 +211,16 @@ class Watcher:
         return samples
 
     def _sample(self, window: Window) -> looks.Sample | None:
-        import polars as pl
-
-        rows = [(part, pl.read_parquet(self.store.path(part.object))) for part in self.manifest.within(window)]
-        columns = sorted(each.column for each in self.champion.reference.importance)
-        return looks.sample(rows, self.run.pack.data.target, columns) if rows else None
+        reference = self.champion.reference
+        return looks.sample(
+            self.run,
+            self.store,
+            self.manifest.within(window),
+            sorted(each.column for each in reference.importance),
+            metric=reference.metric,
+            classes=reference.classes,
+            budget_s=2 * looks.IMPORTANCE_S,
+        )
 
     def _kept(self, window: Window) -> Path:
         parts = self.manifest.within(window)
@@ -245,6 +250,7 @@ class Watcher:
                 usual=self._usual,
                 performance=self._performance(window, scored),
                 importance=(self.champion.reference.importance, self._importance.get(window, ())),
+                importance_note=self._unmeasured.get(window, self.champion.reference.importance_note),
             )
             self._known[window] = (profile, drift)
         return self._known[window]
@@ -288,10 +294,8 @@ class Watcher:
         )
 
     def _target(self, ref: Ref) -> pl.Series:
-        import polars as pl
-
         target = self.run.pack.data.target
-        return pl.read_parquet(self.store.path(ref), columns=[target])[target]
+        return columns.read(self.store.path(ref), [target])[target]
 
 
 @recorded
@@ -395,6 +399,7 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
                 "loop/probation.py",
                 "loop/freshness.py",
                 "looks.py",
+                "columns.py",
                 "work.py",
                 "runner.py",
             )

@@ -11,8 +11,8 @@ import math
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from evergreen import columns, looks
 from evergreen import database as db
-from evergreen import looks
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, RegistryError
 from evergreen.evaluation import metrics, probation, significance
@@ -140,10 +140,8 @@ def judge(
 
 def _labels(run: Run, store: Store, part: PartitionFile) -> tuple[np.ndarray, np.ndarray]:
     """(n,) the target of a partition's rows, and whether it is there."""
-    import polars as pl
-
     target = run.pack.data.target
-    column = pl.read_parquet(store.path(part.object), columns=[target])[target]
+    column = columns.read(store.path(part.object), [target])[target]
     return column.to_numpy(), looks.labelled(column)
 
 

@@ -211,6 +211,8 @@ class Drift(Value):
     """How long before the end of the window its newest row is; None where that is not known."""
     performance: Performance | None = None
     importance: ImportanceShift | None = None
+    importance_note: str | None = None
+    """Why importance is not known here, or not of every column."""
     violated: tuple[Finding, ...] = ()
 
     @cached_property
@@ -290,6 +292,7 @@ def compare(
     usual: Sequence[Drift] = (),
     performance: Performance | None = None,
     importance: tuple[Sequence[Importance], Sequence[Importance]] = ((), ()),
+    importance_note: str | None = None,
 ) -> Drift:
     """The window beside the reference, by the pack's rules.
 
@@ -330,6 +333,7 @@ def compare(
         newest_row_days=_silence(window, data),
         performance=performance,
         importance=shift,
+        importance_note=importance_note,
         violated=tuple(findings),
     )
 
@@ -426,6 +430,7 @@ def triage(
             if each.kind == "fault" and each not in faults
         ),
         *(() if faults else worse),
+        *(each.importance_note for each in labelled[-1:] if each.importance_note is not None),
     ]
     return Triage(kind=kind, reasons=tuple(reasons), evidence=_evidence(recent, newest, season, fresh))
 

@@ -161,10 +161,14 @@ def _performances(shown: Sequence[Drift], rules: DriftRules) -> str:
 
 
 def _leanings(shown: Sequence[Drift], rules: DriftRules) -> str:
-    """What the champion leaned on when it was made, and leans on in the newest window whose labels have arrived."""
+    """Importance when the champion was made, and in the newest window whose labels have arrived; or why it is not known."""
     told = [(each, each.importance) for each in shown if each.importance is not None]
+    labelled = [each for each in shown if each.performance is not None]
+    note = "".join(
+        f"<p class=note>{escape(each.importance_note)}.</p>" for each in labelled[-1:] if each.importance_note
+    )
     if not told:
-        return ""
+        return f"<section class=over><h2>What the champion leans on</h2>{note}</section>" if note else ""
     window, shift = told[-1]
     off = any(found.kind == "importance" for found in window.violated)
     head = f"moved by {shift.shift:.2f} of 1, the pack allows {rules.importance.shift:g}"
@@ -177,7 +181,7 @@ def _leanings(shown: Sequence[Drift], rules: DriftRules) -> str:
         f"<section class=over><h2>What the champion leans on</h2><p{' class=finding' if off else ''}>{escape(head)}.</p>"
         f"<div class=leans>{_pairs(rows, 'shares of importance, as they were and as they are')}</div>"
         f"<p class=note>{_day(window.start)} … {_day(window.end)} beside the hold-out of its making: each column's share of "
-        f"what all lose when shuffled; below zero, the champion would do better without.{rest}</p></section>"
+        f"what all lose when shuffled; below zero, the champion would do better without.{rest}</p>{note}</section>"
     )
 
 

@@ -267,7 +267,7 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
 def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
     """Score challenger and champion on the same held-out rows, each in a fresh process through its own model folder.
 
-    The challenger is also asked what it leans on; the champion was when it was made. A champion that is this very model
+    The challenger's importance is measured, too; the champion's was when it was made. A champion that is this very model
     is not compared with itself.
     """
     pack, store = run.pack, Store(run.settings)
@@ -277,15 +277,24 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
     withheld = scoring.withheld_because(registry, champion, holdout)
 
     def act() -> Evaluated:
-        rows = scoring.holdout_rows(store, manifest_of(store, snapshot.manifest), holdout)
+        parts = manifest_of(store, snapshot.manifest).within(holdout)
         models = {"challenger": trained.model}
         if champion is not None and withheld is None:
             models["champion"] = looks.model_of(champion)
-        sample = looks.sample(rows, pack.data.target, trained.inputs)
+        classes = scoring.classes_of(run, store, snapshot)
+        sample = looks.sample(
+            run,
+            store,
+            parts,
+            trained.inputs,
+            metric=pack.gate.primary.metric,
+            classes=classes,
+            budget_s=looks.IMPORTANCE_S,
+        )
         with work_folder(run) as folder:
-            scored = looks.score(run, store, rows, models, {"challenger": [sample] if sample else []})
-            classes = scoring.classes_of(run, store, snapshot)
-            return scoring.compare(run, store, rows, scored, sample, champion, trained, withheld, classes, folder)
+            scored = looks.score(run, store, parts, models, {"challenger": [sample] if sample else []})
+            rows = scoring.holdout_rows(store, parts, [pack.data.target, *pack.gate.columns])
+            return scoring.compare(run, store, rows, scored, champion, trained, withheld, classes, folder)
 
     return perform(
         run,
@@ -527,7 +536,11 @@ CHAIN: dict[str, Callable[..., Value]] = {
 
 def _code(*patterns: str, pack: Pack | None = None) -> tuple[Path, ...]:
     """The package's source files that a stage runs, the stages themselves among them; the pack's when it runs those."""
-    files = [file for pattern in ("stages/*.py", "work.py", "looks.py", *patterns) for file in PACKAGE.glob(pattern)]
+    files = [
+        file
+        for pattern in ("stages/*.py", "work.py", "looks.py", "columns.py", *patterns)
+        for file in PACKAGE.glob(pattern)
+    ]
     return tuple(sorted(files)) + (pack.python_files if pack else ())
 
 
@@ -578,9 +591,10 @@ def _artifacts(
     store.checkout(validated.result, folder / "validation.json")
     store.checkout(trained.log, folder / "training.log")
     (folder / "evaluation.json").write_text(evaluated.model_dump_json(indent=2), encoding="utf-8")
-    if evaluated.importance:
+    if evaluated.importance or evaluated.importance_note:
         told = [each.model_dump(mode="json") for each in evaluated.importance]
         found = {"metric": evaluated.primary, "holdout": evaluated.holdout.model_dump(mode="json"), "columns": told}
+        found |= {"note": evaluated.importance_note} if evaluated.importance_note else {}
         (folder / "importance.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
     (folder / "model_card.md").write_text(pack.card, encoding="utf-8")
     files = {file.name: file for file in sorted(folder.iterdir())}
@@ -604,6 +618,7 @@ def _reference(run: Run, store: Store, snapshot: Snapshot, evaluated: Evaluated,
         metric=evaluated.primary,
         figure=scored.metrics[evaluated.primary],
         importance=evaluated.importance,
+        importance_note=evaluated.importance_note,
         classes=scoring.classes_of(run, store, snapshot),
     )
     (folder / looks.PROFILE).write_bytes(profile.to_bytes())

@@ -50,7 +50,11 @@ def rejudge(settings: Settings, event: Event) -> Rejudged:
     recorded = Evaluated.model_validate(saw["evaluated"])
     found = {stage: _stage(database, event, stage) for stage in ("snapshot", "train", "evaluate")}
     wrong = [*_rules(database, event, rules)]
-    wrong += [f"{place} is not what `evaluate` found" for place in _apart(found["evaluate"]["value"], saw["evaluated"])]
+    evaluate = Evaluated.model_validate(found["evaluate"]["value"])  # as it is read now: old ones lack what came since
+    wrong += [
+        f"{place} is not what `evaluate` found"
+        for place in _apart(evaluate.model_dump(mode="json"), recorded.model_dump(mode="json"))
+    ]
 
     snapshot = Snapshot.model_validate(found["snapshot"]["value"])
     models = {"challenger": recorded.challenger}
@@ -61,7 +65,8 @@ def rejudge(settings: Settings, event: Event) -> Rejudged:
         return Rejudged(evaluated=None, verdict=None, wrong=(*wrong, *gone))
 
     task, target = (found["train"]["parts"]["parameters"][name] for name in ("task", "target"))
-    rows = scoring.holdout_rows(store, manifest_of(store, snapshot.manifest), snapshot.windows.holdout)
+    holdout = manifest_of(store, snapshot.manifest).within(snapshot.windows.holdout)
+    rows = scoring.holdout_rows(store, holdout, [target, *rules.columns])
     heldout = scoring.HeldOut.of(rules, task, target, rows, scoring.classes_in(store, snapshot, task, target))
     predicted = {name: predictions_in(store.path(_predictions(model))) for name, model in models.items()}
     again: dict[str, Any] = {
@@ -72,7 +77,7 @@ def rejudge(settings: Settings, event: Event) -> Rejudged:
     evaluated = recorded.model_copy(update=again)
     wrong += [
         f"{place}, made again from the predictions, is not what was written"
-        for place in _apart(evaluated.model_dump(mode="json"), saw["evaluated"])
+        for place in _apart(evaluated.model_dump(mode="json"), recorded.model_dump(mode="json"))
     ]
     verdict = gate.decide(
         evaluated,

@@ -7,6 +7,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from evergreen import columns
 from evergreen import database as db
 from evergreen.data import partitions, sources
 from evergreen.data.store import Store
@@ -252,12 +253,8 @@ def require_target(run: Run, store: Store, manifest: Manifest, windows: Windows)
 
 def _targets(run: Run, store: Store, manifest: Manifest) -> dict[datetime, pl.Series]:
     """The target's values, by period."""
-    import polars as pl
-
     target = run.pack.data.target
-    return {
-        part.period: pl.read_parquet(store.path(part.object), columns=[target])[target] for part in manifest.partitions
-    }
+    return {part.period: columns.read(store.path(part.object), [target])[target] for part in manifest.partitions}
 
 
 def _empty(column: pl.Series) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evergreen import columns, looks
 from evergreen import database as db
-from evergreen import looks
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError
 from evergreen.pack import GateRules
@@ -18,8 +19,6 @@ from evergreen.run import (
     Difference,
     Evaluated,
     Evaluation,
-    Importance,
-    Manifest,
     PartitionFile,
     Ref,
     Run,
@@ -64,10 +63,25 @@ def withheld_because(registry: Registry, champion: ModelVersion | None, holdout:
     return f"version {champion.version} was made with rows of {seen}, which overlaps the hold-out {holdout}"
 
 
-def holdout_rows(store: Store, manifest: Manifest, holdout: Window) -> list[tuple[PartitionFile, pl.DataFrame]]:
+def holdout_rows(
+    store: Store, parts: Sequence[PartitionFile], names: Iterable[str]
+) -> list[tuple[PartitionFile, pl.DataFrame]]:
+    """The columns that figures are computed from, of each partition of the hold-out.
+
+    Raises EvaluationError for a column that a rule names and the rows lack.
+    """
     import polars as pl
 
-    return [(part, pl.read_parquet(store.path(part.object))) for part in manifest.within(holdout)]
+    wanted = list(dict.fromkeys(names))
+    for part in parts:
+        there = pl.read_parquet_schema(store.path(part.object))
+        for name in wanted:
+            if name not in there:
+                raise EvaluationError(
+                    f"gate: a rule is by {name!r}, and the hold-out rows have no such column",
+                    fix=f"name one of: {', '.join(list(there)[:12])}",
+                )
+    return [(part, columns.read(store.path(part.object), wanted)) for part in parts]
 
 
 def classes_of(run: Run, store: Store, snapshot: Snapshot) -> list[Any] | None:
@@ -82,7 +96,7 @@ def classes_in(store: Store, snapshot: Snapshot, task: str, target: str) -> list
     if task != "multiclass":
         return None
     parts = manifest_of(store, snapshot.manifest).within(snapshot.windows.train)
-    seen = pl.concat([pl.read_parquet(store.path(part.object), columns=[target]) for part in parts])
+    seen = pl.concat([columns.read(store.path(part.object), [target]) for part in parts])
     return sorted(seen[target].unique().to_list())
 
 
@@ -91,7 +105,6 @@ def compare(
     store: Store,
     rows: list[tuple[PartitionFile, pl.DataFrame]],
     scored: dict[str, looks.Scored],
-    sample: looks.Sample | None,
     champion: ModelVersion | None,
     trained: Trained,
     withheld: str | None,
@@ -142,10 +155,7 @@ def compare(
         drawn,
         classes=classes,
     )
-    importance: tuple[Importance, ...] = ()
-    if sample is not None:
-        swapped = scored["challenger"].swapped[0]
-        importance = looks.importance_of(run, sample, swapped, pack.gate.primary.metric, classes)
+    importance, note = next(iter(scored["challenger"].importance), looks.Measured((), None))
     if importance:
         plots.draw_importance(importance, pack.gate.primary.metric, drawn)
     figures = store.put(drawn)
@@ -159,6 +169,7 @@ def compare(
         holdout=Window(start=rows[0][0].period, end=step(rows[-1][0].period, pack.data.partition)),
         plots=figures,
         importance=importance,
+        importance_note=note,
     )
 
 
@@ -182,17 +193,11 @@ class HeldOut:
         rows: list[tuple[PartitionFile, pl.DataFrame]],
         classes: list[Any] | None,
     ) -> HeldOut:
-        """Raises EvaluationError for a column that a rule names and the rows lack."""
+        """From the columns that `holdout_rows` reads."""
         import numpy as np
         import polars as pl
 
         table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
-        for by in rules.columns:
-            if by not in table.columns:
-                raise EvaluationError(
-                    f"gate: a rule is by {by!r}, and the hold-out rows have no such column",
-                    fix=f"name one of: {', '.join(table.columns[:12])}",
-                )
         how: dict[str, Any] = {
             "clusters": np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows]),
             "classes": classes,

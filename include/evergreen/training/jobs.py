@@ -6,9 +6,10 @@ The folder of a job, under `settings.jobs`:
     inputs.json         the size of each file of `input/`, so that a truncated folder is seen
     input/              what the job reads: `pack/` (the pack's Python) and, by kind,
                         train: `train/*.parquet`, `validation/*.parquet` (never a hold-out row)
-                        score: `model/` (a model folder), `rows/*.parquet` (no target column)
-    output/             what it leaves: `model/`, `predictions.parquet` or `frames/*.arrow`; `result.json` last, so that
-                        its existence is the proof
+                        score: `model/` (a model folder), `rows/*.parquet` (no target column), and `samples/*/` by which
+                        importance is measured: `rows.parquet`, `sample.json`
+    output/             what it leaves: `model/`, `predictions.parquet` with `samples/*.npy`, or `frames/*.arrow`;
+                        `result.json` last, so that its existence is the proof
     checkpoint/         what a restarted job goes on from
     pid.json, lock      which process it is; see `runtimes/process.py`
     heartbeat           touched every second while the job lives
@@ -118,6 +119,8 @@ class JobResult(Value):
     """`train`: pinned distributions of the model folder."""
     metrics: dict[str, float] = Field(default_factory=dict)
     """`train`: as last reported; `score`: rows, latency_p50_ms, latency_p95_ms; `read`: rows, frames."""
+    notes: dict[str, str] = Field(default_factory=dict)
+    """`score`: sample → why its importance is not known, or not of every column."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Python's, Evergreen's and, for `train`, of the required distributions, local labels such as `+cpu` included."""
     files: dict[str, int] = Field(default_factory=dict)
