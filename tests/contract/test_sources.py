@@ -142,6 +142,68 @@ def test_globs_join_files(kind, tmp_path):
     assert sum(frame.height for frame in read(kind, f"2013/**/*.{kind}", tmp_path)) == 24 * 7
 
 
+NAMES = ["a[x].{}", "what?.{}", "[2013].{}", "Ærøskøbing 2013 (1).{}", "a b#c%20.{}", "läge [süd]/rows?.{}"]
+
+
+@every_kind_of_file
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_is_there_is_meant_literally(kind, name, tmp_path):
+    """Brackets, question marks, spaces and letters of any alphabet name the file itself, and no other."""
+    file = tmp_path / name.format(kind)
+    file.parent.mkdir(exist_ok=True)
+    KINDS[kind](sample()[:100], file)
+    for other in ("ax", "whats", "2"):  # what the name would mean as a pattern
+        KINDS[kind](sample()[100:], tmp_path / f"{other}.{kind}")
+    for path in (name.format(kind), str(file)):
+        assert sum(frame.height for frame in read(kind, path, tmp_path)) == 100 - 24
+
+
+@every_kind_of_file
+def test_brackets_and_question_marks_are_patterns_where_nothing_is_called_so(kind, tmp_path):
+    """`[12]` and `?` match a character each, in folders and in files."""
+    for n in (1, 2, 3):
+        (tmp_path / f"part{n}").mkdir()
+        KINDS[kind](sample()[48 * n : 48 * n + 10 * n], tmp_path / f"part{n}" / f"a{n}.{kind}")
+    rows = {
+        path: sum(frame.height for frame in read(kind, f"{path}.{kind}", tmp_path))
+        for path in ("part[12]/a?", "part?/a[!1]", "**/a[13]", "part3/**/a?")
+    }
+    assert rows == {"part[12]/a?": 30, "part?/a[!1]": 50, "**/a[13]": 40, "part3/**/a?": 30}
+
+
+@every_kind_of_file
+@pytest.mark.parametrize("folder", ["data [old]", "what? [1-3]"])
+def test_a_folder_that_is_there_is_meant_literally_within_a_pattern(kind, folder, tmp_path):
+    """`*` still stands for any name, before and after the folder."""
+    (tmp_path / "shop" / folder).mkdir(parents=True)
+    KINDS[kind](sample(), tmp_path / "shop" / folder / f"a.{kind}")
+    for path in (f"shop/{folder}/*.{kind}", f"*/{folder}/a.{kind}", f"**/{folder}/?.{kind}"):
+        assert sum(frame.height for frame in read(kind, path, tmp_path)) == 24 * 7
+    assert sum(frame.height for frame in read(kind, f"**/*.{kind}", tmp_path / "shop" / folder)) == 24 * 7
+
+
+@every_kind_of_file
+def test_a_star_is_a_pattern_even_where_a_file_is_called_so(kind, tmp_path):
+    """A shell may leave a file called `*.csv`: the others are read, too."""
+    for n, name in enumerate(("*", "a", ".b")):
+        KINDS[kind](sample()[24 + n : 25 + n], tmp_path / f"{name}.{kind}")
+    assert sum(frame.height for frame in read(kind, f"*.{kind}", tmp_path)) == 3
+
+
+@every_kind_of_file
+def test_links_are_followed_and_a_link_to_a_folder_above_is_not(kind, tmp_path):
+    """A folder elsewhere may be linked to; a circle gives each row once."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "rows").mkdir()
+    KINDS[kind](sample(), tmp_path / "elsewhere" / f"a.{kind}")
+    (tmp_path / "rows" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "rows" / "circle").symlink_to(tmp_path / "rows")
+    assert sum(frame.height for frame in read(kind, f"rows/**/*.{kind}", tmp_path)) == 24 * 7
+    (tmp_path / "rows" / f"b.{kind}").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match=rf"b\.{kind} does not exist"):
+        read(kind, f"rows/**/*.{kind}", tmp_path)
+
+
 @every_kind_of_file
 def test_a_url_is_as_good_as_a_path(kind, tmp_path):
     """Any fsspec file system will do, with globs."""

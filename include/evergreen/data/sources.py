@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import csv
 import errno
-import os
+import fnmatch
 import shutil
 import tempfile
 import warnings
@@ -584,41 +584,67 @@ def _files(path: str, folder: Path, options: Mapping[str, Any]) -> list[_File]:
             own["use_listings_cache"] = False  # what was there a run ago need not be now
         system, inside = fsspec.core.url_to_fs(url, **own, **options)
         file = _File(system, inside, shown)
-        magic = "*[" if file.is_http else "*?["  # in a URL, `?` begins the query
-        if not set(magic) & set(inside):
-            if file.is_local and Path(inside).is_dir():
-                raise SourceError(f"{shown} is a folder", fix="end source.path in /*.parquet, /**/*.csv or the like")
-            return [file]
-        folders = inside.rpartition("/")[0]
-        if file.is_http and set(magic) & set(folders):
-            raise SourceError(f"{shown}: HTTP has no folders to look through", fix="use * in the file's name only")
         if file.is_local:
-            _require_readable(folders)
-        found = system.glob(inside, detail=True, **({"on_error": "raise"} if file.is_http else {}))
-    files = [
-        _File(system, name, _shown(system.unstrip_protocol(name)) if "://" in url else name)
-        for name, info in sorted(found.items())
-        if info["type"] != "directory"
-    ]
+            paths = _matching(Path(inside))
+            if paths == [Path(inside)] and Path(inside).is_dir():
+                raise SourceError(f"{shown} is a folder", fix="end source.path in /*.parquet, /**/*.csv or the like")
+            files = [_File(system, str(found), str(found)) for found in paths if not found.is_dir()]
+        else:
+            magic = "*[" if file.is_http else "*?["  # in a URL, `?` begins the query
+            if not set(magic) & set(inside):
+                return [file]
+            if file.is_http and set(magic) & set(inside.rpartition("/")[0]):
+                raise SourceError(f"{shown}: HTTP has no folders to look through", fix="use * in the file's name only")
+            entries = system.glob(inside, detail=True, **({"on_error": "raise"} if file.is_http else {}))
+            files = [
+                _File(system, name, _shown(system.unstrip_protocol(name)))
+                for name, info in sorted(entries.items())
+                if info["type"] != "directory"
+            ]
     if not files:
         links = "; over HTTP, the folder must answer with a page that links to its files" if file.is_http else ""
         raise SourceError(f"{shown} matches no file", fix=f"check source.path in pack.yaml{links}")
     return files
 
 
-def _require_readable(pattern: str) -> None:
-    """Raise PermissionError for a folder that a pattern of folders would leave out in silence."""
+def _matching(pattern: Path) -> list[Path]:
+    """The local files and folders that a path with `*`, `**`, `?` and `[…]` means, in the order of their names.
 
-    def refuse(error: OSError) -> None:
-        if isinstance(error, PermissionError):
-            raise error
+    A name that is there as it is written means itself, brackets and question marks included. A path without any of these
+    signs means itself, there or not. Raises PermissionError for a folder that may not be read: its files would be missing.
+    """
+    if not set("*?[") & set(str(pattern)):
+        return [pattern]
+    return sorted(_matching_below(Path(pattern.anchor or "."), pattern.parts[1:] if pattern.anchor else pattern.parts))
 
-    parts = Path(pattern).parts
-    fixed = next((n for n, part in enumerate(parts) if set("*?[") & set(part)), len(parts))
-    deep = "**" in pattern
-    for folder, inner, _ in os.walk(Path(*parts[:fixed]), onerror=refuse):
-        if not deep and len(Path(folder).parts) == len(parts):
-            inner.clear()
+
+def _matching_below(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    if not parts:
+        yield folder
+        return
+    part, rest = parts[0], parts[1:]
+    if "*" not in part and _is_there(folder / part):
+        yield from _matching_below(folder / part, rest)
+    elif part == "**":
+        yield from _matching_below(folder, rest or ("*",))
+        for entry in folder.iterdir():
+            if entry.is_dir() and not (entry.is_symlink() and folder.is_relative_to(entry.resolve())):
+                yield from _matching_below(entry, parts)
+    elif set("*?[") & set(part) and folder.is_dir():
+        for entry in folder.iterdir():
+            if fnmatch.fnmatchcase(entry.name, part):
+                yield from _matching_below(entry, rest)
+
+
+def _is_there(path: Path) -> bool:
+    """Return True for a file, a folder or a link. Raises PermissionError where this cannot be known."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError as error:
+        raise PermissionError(error.errno, error.strerror, str(path.parent)) from None
+    return True
 
 
 def _shown(url: str) -> str:
@@ -720,7 +746,10 @@ def _reading(name: str, fix: str) -> Iterator[None]:
         elif isinstance(error, FileNotFoundError):
             what, fix = f"{name} does not exist", "check source.path in pack.yaml"
         elif isinstance(error, PermissionError):
-            what, fix = f"{error.filename or name} may not be read by this user", "grant read access to it"
+            what, fix = (
+                f"{error.filename or name} may not be read by this user",
+                "grant read access to it; to a folder, the right to enter it, too",
+            )
         elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
             what = f"{name} cannot be fetched: the disk of {tempfile.gettempdir()} is full"
             fix = "make room there, or point TMPDIR at a larger disk"
