@@ -1,4 +1,4 @@
-"""Registers Evergreen's web app with Airflow, under /evergreen."""
+"""Registers Evergreen's web app with Airflow, under /evergreen, and the guard of the whole API server."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ class EvergreenPlugin(AirflowPlugin):
         from evergreen.orchestration.web import web_app
 
         return [{"name": "evergreen", "url_prefix": "/evergreen", "app": web_app()}]
+
+    @cached_property
+    def fastapi_root_middlewares(self) -> list[dict[str, Any]]:
+        """The guard against pages of other sites, for Airflow's own routes, too."""
+        from evergreen.orchestration.web import guard
+
+        return [guard()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -15,11 +16,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 class Browser:
     """Chromium over its debugging pipe: what it fetched and complained of, and what a page computes."""
 
-    def __init__(self, folder) -> None:
+    def __init__(self, folder, *more: str) -> None:
+        """Start it with `folder` as its profile, and with `more` flags."""
         there, back = os.pipe(), os.pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
         quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        pipe = f"exec {CHROMIUM} --remote-debugging-pipe --user-data-dir={folder} {' '.join(flags + quiet)} about:blank"
+        pipe = f"exec {CHROMIUM} --remote-debugging-pipe --user-data-dir={folder} {shlex.join([*flags, *quiet, *more])} about:blank"
         self.process = subprocess.Popen(
             ["bash", "-c", f"{pipe} 3<&{there[0]} 4>&{back[1]}"],
             pass_fds=(there[0], back[1]),

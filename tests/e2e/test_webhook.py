@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from tests.api_server import ApiServer
+from tests.browser import CHROMIUM, Browser
 
 from evergreen import database as db
 from evergreen.errors import AlertError
@@ -30,9 +31,10 @@ def routes(app, prefix):
             for method in sorted(getattr(route, "methods", None) or ["GET"]):
                 yield [method, prefix + route.path]
 
-found = [route for route in routes(create_app(), "") if route[1].startswith("/evergreen")]
+every = list(routes(create_app(), ""))
+found = [route for route in every if route[1].startswith("/evergreen")]
 heavy = {"torch", "mlflow", "great_expectations", "dvc", "polars", "pandas"} & set(sys.modules)
-print("\\n" + json.dumps({"routes": found, "heavy": sorted(heavy)}))
+print("\\n" + json.dumps({"routes": found, "every": every, "heavy": sorted(heavy)}))
 """
 
 
@@ -68,6 +70,35 @@ def asked(server, method, path, token=None):
 
 def kept(server):
     return db.connect(server.settings.database_url).events("digits", kind="alert")
+
+
+def test_no_page_of_another_site_changes_anything(server, mounted, token):
+    """Every route of Airflow's and ours that may change something refuses it, whatever cookie or token comes along."""
+    routes = {tuple(route) for route in mounted["every"] if route[0] not in ("GET", "HEAD", "OPTIONS")}
+    assert len(routes) >= 50
+    evil = {"origin": "https://evil.example", "sec-fetch-site": "cross-site", "authorization": f"Bearer {token}"}
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        answers = {route: client.request(*route, headers=evil) for route in sorted(routes)}
+    passed = [route for route, answer in answers.items() if "page of another site" not in answer.text]
+    assert passed == []
+    assert {answer.status_code for answer in answers.values()} == {403}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
+def test_a_name_that_is_rebound_to_this_server_reads_nothing(server, tmp_path):
+    """A real browser whose resolver says that another site's name is loopback is shown a refusal, not Airflow."""
+    port = server.url.rpartition(":")[2]
+    browser = Browser(tmp_path / "chromium", "--host-resolver-rules=MAP rebound.example 127.0.0.1")
+    try:
+        browser.open(f"http://rebound.example:{port}/", width=800)
+        assert "'rebound.example" in browser.value("document.body.innerText")
+        token = "fetch('/auth/token', {method: 'POST'}).then(answer => { window.status_of = answer.status })"
+        browser.value(token)
+        assert browser.until("window.status_of") == 403
+        browser.open(f"{server.url}/api/v2/version", width=800)
+        assert "3.3" in browser.value("document.body.innerText")
+    finally:
+        browser.close()
 
 
 def test_every_route_but_the_webhook_asks_for_airflows_token(server, mounted, token):

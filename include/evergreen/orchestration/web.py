@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import os
 from typing import Any
 
 from airflow.api_fastapi.core_api.security import get_user
@@ -14,8 +15,13 @@ from fastapi.concurrency import run_in_threadpool
 
 from evergreen.errors import EvergreenError, PackError, RegistryError, StageError
 from evergreen.keys import WATCH
+from evergreen.orchestration.guard import Guard, own_names
 from evergreen.settings import Settings
 from evergreen.triggers.webhook import UNAUTHENTICATED, make_app
+
+HOSTS = "EVERGREEN_HOSTS"
+"""Further host names of this server, with commas between them: those that a proxy in front of it is asked by."""
+URL = "EVERGREEN_URL"
 
 
 def web_app() -> FastAPI:
@@ -58,6 +64,13 @@ def web_app() -> FastAPI:
         return Response(page, media_type="text/html; charset=utf-8")
 
     return app
+
+
+def guard() -> dict[str, Any]:
+    """Return the middleware for Airflow to add, with the names that its settings give this server."""
+    urls = [conf.get("api", "base_url"), conf.get("core", "execution_api_server_url", fallback=""), os.environ.get(URL)]
+    names = own_names(urls, os.environ.get(HOSTS, ""))
+    return {"name": "evergreen.guard", "middleware": Guard, "args": [], "kwargs": {"names": names}}
 
 
 def _log_actions_beside_the_loop() -> None:
