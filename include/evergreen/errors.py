@@ -24,8 +24,10 @@ LINE = 1_000
 VALUE = 80
 """Maximum number of characters of a quoted value."""
 
-RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-"""Characters that a terminal obeys rather than shows, or that UTF-8 cannot encode; tabs and line ends are none."""
+RAW = re.compile(
+    "\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+"""Characters that a terminal obeys rather than shows, or that UTF-8 cannot encode; tabs and line ends are none of them."""
 
 
 class EvergreenError(Exception):
@@ -120,18 +122,18 @@ def visible(text: str) -> str:
 
 def one_screen(text: str) -> str:
     """Bound a message to one screen, cut in the middle, and make it `visible`."""
-    lines = [_cut(line, LINE) for line in visible(text).split("\n")]
+    lines = [shortened(line, LINE) for line in visible(text).split("\n")]
     if len(lines) > LINES:
         lines[LINES // 2 : 1 - LINES // 2] = [f"… {len(lines) - LINES + 1:,} lines left out …"]
-    return _cut("\n".join(lines), SCREEN)
+    return shortened("\n".join(lines), SCREEN)
 
 
 def quoted(value: object) -> str:
     """`value` in quotes, as `repr` writes it, its middle left out where it is longer than VALUE characters."""
-    return _cut(visible(repr(value)), VALUE)
+    return shortened(visible(repr(value)), VALUE)
 
 
-def _cut(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
     """Leave out the middle of a text that is longer than `length`, and say how much."""
     if len(text) <= length:
         return text
@@ -155,5 +157,5 @@ def nearest(value: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(value, short, n=1, cutoff=0.6)
     if close:
         return f"did you mean {quoted(close[0])}?"
-    shown = ", ".join(_cut(name, VALUE) for name in names[:12]) + (" …" if len(names) > 12 else "")
+    shown = ", ".join(shortened(name, VALUE) for name in names[:12]) + (" …" if len(names) > 12 else "")
     return f"known: {shown}" if names else "none is known"

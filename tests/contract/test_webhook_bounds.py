@@ -61,6 +61,18 @@ class Apart:
         return connection
 
 
+def notification(number, **change):
+    """A body of Alertmanager's with so many alerts."""
+    alert = {
+        "status": "firing",
+        "labels": {"alertname": "Drift"},
+        "annotations": {},
+        "startsAt": "2026-05-04T11:58:00Z",
+    }
+    alerts = [alert | change | {"fingerprint": f"{n:016x}"} for n in range(number)]
+    return json.dumps({"version": "4", "alerts": alerts}, separators=(",", ":")).encode()
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     command = [sys.executable, "-c", SERVER, str(tmp_path_factory.mktemp("bounds") / "home")]
@@ -78,7 +90,8 @@ def server(tmp_path_factory):
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        (b"[" * 100_000, 413),
+        (b"[" * 1_100_000, 413),
+        (b'{"reason": "x", "evidence": {"a": "' + b"x" * 1_000_000 + b'"}}', 413),
         (b"[" * 65_000, 422),
         (b'{"a":' * 13_000, 422),
         (b'{"reason": "x", "evidence": {"a": ' + b"9" * 65_000 + b"}}", 422),
@@ -87,10 +100,29 @@ def server(tmp_path_factory):
         (b'{"reason": "x", "evidence": {"a":' + b"[" * 190 + b"0," * 30_000 + b"0" + b"]" * 190 + b"}}", 202),
         (b'{"version": "4", "alerts": [' + b"{}," * 20_000 + b"{}]}", 422),
         (b"{" + b",".join(b'"k%x": 1' % number for number in range(5_000)) + b"}", 422),
+        (b"[" * 1_000_000, 422),
+        (b'{"version": "4", "alerts": [' + b"{}," * 340_000 + b"{}]}", 422),
+        (b'{"version": "4", "alerts": [' + b"[[]]," * 200_000 + b"{}]}", 422),
+        (notification(1, values={"a": [0] * 340_000}), 422),
+        (notification(1, values={"a": ["\0"] * 90_000}), 422),
+        (notification(1, values={"a": [{}] * 250_000}), 422),
+        (notification(1, labels={"alertname": "\0" * 150_000}), 422),
+        (notification(1, labels={f"\0{number}": "" for number in range(60_000)}), 422),
+        (notification(1000, labels={"alertname": "Drift", "text": "x" * 850}), 202),
     ],
     ids=[
-        *("too deep and too large", "deep lists", "deep objects", "digits", "many numbers", "escapes"),
-        *("deep and wide", "many wrong alerts", "many unknown fields"),
+        *(
+            "too deep and too large",
+            "one alert of a megabyte",
+            "deep lists",
+            "deep objects",
+            "digits",
+            "many numbers",
+            "escapes",
+        ),
+        *("deep and wide", "many wrong alerts", "many unknown fields", "deeper lists", "many more wrong alerts"),
+        *("lists for alerts", "many values", "many escapes", "many objects", "one long label", "many labels"),
+        "a thousand alerts",
     ],
 )
 def test_a_hostile_body_costs_little(server, body, status):

@@ -18,7 +18,7 @@ from evergreen.settings import Settings
 from evergreen.triggers import inbox
 from evergreen.triggers.admission import again, decision_of
 from evergreen.triggers.inbox import NewAlert
-from evergreen.triggers.webhook import BODY_BYTES
+from evergreen.triggers.messages import BODY_BYTES
 
 PACK = """
 description: Is it more?

@@ -1,20 +1,21 @@
 """What senders post, read as new alerts: our own JSON, a CloudEvent around it, Alertmanager's and Grafana's notifications.
 
-Nothing is taken on trust: every text, number and field is checked before it becomes an alert.
+Every text, number and field is checked before it becomes an alert. Control characters in texts are kept as escapes. An
+alert of a notification that cannot be kept does not refuse the others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from evergreen.errors import quoted, visible
 from evergreen.pack import parse_instant
 from evergreen.triggers.inbox import NewAlert
 from evergreen.triggers.signatures import TOLERANCE
@@ -26,10 +27,13 @@ ID = 200
 """How long a sender's id of a message may be."""
 
 AT_ONCE = 1_000
-"""How many alerts a notification may hold."""
+"""Maximum number of alerts that are kept of a notification."""
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-"""Control characters, but tab and line ends."""
+BODY_BYTES = 64 * 1024
+"""Maximum size of one alert: of a body that holds one, or of its part of a notification."""
+
+GROUP_BYTES = 1024 * 1024
+"""Maximum size of a notification, which holds up to AT_ONCE alerts."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -46,6 +50,18 @@ class MessageError(Exception):
 
 class ContentTypeError(Exception):
     """A message is of a type that is not read."""
+
+
+class TooLargeError(Exception):
+    """A message that is no notification is larger than BODY_BYTES."""
+
+
+class Messages(NamedTuple):
+    """The alerts of a body."""
+
+    alerts: list[NewAlert]
+    refused: dict[int, str]
+    """Why an alert of a notification is not kept, by its index there; the text begins with `alert`."""
 
 
 def _line(value: str) -> str:
@@ -117,38 +133,59 @@ class Notification(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     version: Literal["4", "1"]
-    alerts: Annotated[list[Notified], Field(min_length=1, max_length=AT_ONCE)]
+    alerts: Annotated[list[Any], Field(min_length=1)]
 
 
-def read(sender: str, pack: str, headers: Mapping[str, str], body: bytes, now: datetime) -> list[NewAlert]:
-    """The alerts in a body that `sender` posted for `pack`. Raises MessageError, ContentTypeError.
+def read(sender: str, pack: str, headers: Mapping[str, str], body: bytes, now: datetime) -> Messages:
+    """Read a body that `sender` posted for `pack`. Raises MessageError, ContentTypeError, TooLargeError.
 
     The sender's id of a message is its `webhook-id`, else its `idempotency-key`, else its CloudEvent's source and id,
     else the body's hash. In a notification each alert has its own: the fingerprint, when it began, and its status.
     """
-    kind = _content_type(headers.get("content-type", ""))
-    event_id: str | None
+    kind, value = _content_type(headers.get("content-type", "")), _parsed(body)
+    event_id = _binary_event(headers) if kind == JSON else None
+    if kind == JSON and event_id is None and isinstance(value, dict) and "alerts" in value:
+        return _notification(sender, _as(Notification, value))
+    if len(body) > BODY_BYTES:
+        raise TooLargeError
+    data = _cleaned(value)
     if kind == CLOUDEVENT:
-        event = _as(CloudEvent, _parsed(body))
+        event = _as(CloudEvent, data)
         data, event_id = event.data, f"{event.source} {event.id}"
-    else:
-        data, event_id = _parsed(body), _binary_event(headers)
-        if event_id is None and isinstance(data, dict) and "alerts" in data:
-            return [_notified(sender, alert) for alert in _as(Notification, data).alerts]
     message = _as(Message, data, "data." if kind == CLOUDEVENT else "")
     if message.pack not in (None, pack):
-        raise MessageError(f"pack: {message.pack!r:.60} is not the pack it was posted for, {pack!r}")
+        raise MessageError(f"pack: {quoted(message.pack)} is not the pack it was posted for, {quoted(pack)}")
     sender_id = _said_id(headers) or event_id or hashlib.sha256(body).hexdigest()
-    return [
-        NewAlert(
-            sender=sender,
-            sender_id=sender_id,
-            reason=message.reason,
-            fingerprint=message.fingerprint or hashlib.sha256(message.reason.encode()).hexdigest()[:16],
-            as_of=None if message.as_of is None else _instant(message.as_of, now),
-            evidence=message.evidence,
-        )
-    ]
+    alert = NewAlert(
+        sender=sender,
+        sender_id=sender_id,
+        reason=message.reason,
+        fingerprint=message.fingerprint or hashlib.sha256(message.reason.encode()).hexdigest()[:16],
+        as_of=None if message.as_of is None else _instant(message.as_of, now),
+        evidence=message.evidence,
+    )
+    return Messages([alert], {})
+
+
+def _notification(sender: str, notification: Notification) -> Messages:
+    """The alerts of a notification that can be kept; raises MessageError where none can."""
+    alerts, refused = [], {}
+    for index, value in enumerate(notification.alerts[:AT_ONCE]):
+        try:
+            alerts.append(_notified(sender, _as(Notified, _cleaned(value, "alert."), "alert.")))
+        except MessageError as error:
+            refused[index] = str(error)
+    if not alerts:
+        index, why = next(iter(refused.items()))
+        raise MessageError(numbered(index, why))
+    if (more := len(notification.alerts) - AT_ONCE) > 0:
+        refused[AT_ONCE] = f"alert: this one and all after it, {more:,}, are past the first {AT_ONCE:,}"
+    return Messages(alerts, refused)
+
+
+def numbered(index: int, why: str) -> str:
+    """Say in a refusal which alert of the notification it is."""
+    return f"alerts.{index}{why.removeprefix('alert')}"
 
 
 def _notified(sender: str, alert: Notified) -> NewAlert:
@@ -191,30 +228,41 @@ def _binary_event(headers: Mapping[str, str]) -> str | None:
 
 
 def _parsed(body: bytes) -> Any:
+    if body.count(b"{") + body.count(b"[") > BODY_BYTES:  # each costs a hundred times its size
+        raise MessageError(f"body: holds more than {BODY_BYTES:,} objects and lists")
     try:
-        value = from_json(body, allow_inf_nan=False, cache_strings=False)
+        return from_json(body, allow_inf_nan=False, cache_strings=False)
     except ValueError as error:
         raise MessageError(f"body: is not JSON: {error}") from None
-    _check(value)
-    return value
 
 
-def _check(value: Any) -> None:
-    """Refuse what JSON can say and an event cannot: numbers past all bounds, control characters. In linear time."""
-    left: list[tuple[Any, _Where]] = [(value, None)]
+def _cleaned(value: Any, prefix: str = "") -> Any:
+    """A JSON value of one alert with control characters in its texts escaped, in linear time.
+
+    Raises MessageError for a value larger than BODY_BYTES, and for a number that is past all bounds, which JSON can say
+    and an event cannot.
+    """
+    top, size = [value], 0
+    left: list[tuple[Any, _Where]] = [(top, None)]
     while left:
         part, where = left.pop()
+        texts = (*part, *part.values()) if isinstance(part, dict) else part
+        size += len(part) + sum(len(text) for text in texts if isinstance(text, str))
+        if size > BODY_BYTES:
+            raise MessageError(f"{prefix.rstrip('.') or 'body'}: is larger than {BODY_BYTES // 1024} KiB")
         if isinstance(part, dict):
-            for key, child in part.items():
-                if CONTROL.search(key):
-                    raise MessageError(f"{_place(_path((where, key)))}: holds a control character")
-                left.append((child, (where, key)))
-        elif isinstance(part, list):
-            left += [(child, (where, index)) for index, child in enumerate(part)]
-        elif isinstance(part, str) and CONTROL.search(part):
-            raise MessageError(f"{_place(_path(where))}: holds a control character")
-        elif isinstance(part, float) and not math.isfinite(part):
-            raise MessageError(f"{_place(_path(where))}: the number is too large")
+            for key in [key for key in part if visible(key) != key]:
+                part[visible(key)] = part.pop(key)
+        places = list(part.items()) if isinstance(part, dict) else enumerate(part)
+        for place, child in places:
+            if isinstance(child, str):
+                if (text := visible(child)) != child:
+                    part[place] = text
+            elif isinstance(child, dict | list):
+                left.append((child, None if part is top else (where, place)))
+            elif isinstance(child, float) and not math.isfinite(child):
+                raise MessageError(f"{_place(_path((where, place)), prefix)}: the number is too large")
+    return top[0]
 
 
 def _path(where: _Where) -> tuple[str | int, ...]:
@@ -256,8 +304,10 @@ def _instant(value: str, now: datetime) -> datetime:
     try:
         instant = parse_instant(value)
     except (ValueError, OverflowError):
-        raise MessageError(f"as_of: {value!r} is not a time: write 2013-04-01 or 2013-04-01T06:00:00+00:00") from None
+        raise MessageError(
+            f"as_of: {quoted(value)} is not a time: write 2013-04-01 or 2013-04-01T06:00:00+00:00"
+        ) from None
     if instant > now + TOLERANCE:
         # Time only moves forward: a champion from the future would never be replaced.
-        raise MessageError(f"as_of: {value!r} is in the future")
+        raise MessageError(f"as_of: {quoted(value)} is in the future")
     return instant

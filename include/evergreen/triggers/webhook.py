@@ -1,7 +1,8 @@
 """The webhook: `POST /alerts/{pack}`, for senders that sign or have a token. The answer comes when the alert is kept.
 
-What is refused is tallied and written down, with its reason and without secrets (`refusals.py`). Requests are looked at in this order: size and time of
-the body, authentication, rate, pack, content type, body; so who has no secret learns nothing but that.
+What is refused is tallied and written down, with its reason and without secrets (`refusals.py`). Requests are looked at
+in this order: size and time of the body, authentication, rate, pack, content type, body; so a client without a secret
+learns nothing else. Only a sender's token lets a body be as large as a notification of many alerts.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import hmac
+import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -25,17 +27,17 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from evergreen import database as db
-from evergreen.errors import DatabaseError, SendersError
+from evergreen.errors import DatabaseError, SendersError, quoted
 from evergreen.pack import NAME
 from evergreen.settings import Settings
 from evergreen.triggers import inbox, messages, signatures
 from evergreen.triggers.inbox import NewAlert
+from evergreen.triggers.messages import Messages
 from evergreen.triggers.refusals import Refusals, Refused
 from evergreen.triggers.senders import Sender, Senders
 
 log = logging.getLogger("evergreen.webhook")
 
-BODY_BYTES = 64 * 1024
 READ_WITHIN_S = 10.0
 """How long a body may take to arrive."""
 
@@ -45,11 +47,17 @@ WAITING = 1_000
 TRY_AGAIN_S = 5
 
 
+SHOWN = 20
+"""Maximum number of refused alerts that an answer names."""
+
+
 class Kept(BaseModel):
     """The answer: the alert's id, and all ids where the message held several alerts."""
 
     alert: str
     alerts: list[str]
+    refused: list[str] = []
+    """The alerts of a notification that were not kept, each with why: the first SHOWN."""
 
 
 class Refusal(HTTPException):
@@ -61,7 +69,13 @@ def make_app(settings: Settings, authenticated: Callable[..., Any]) -> FastAPI:
     app = FastAPI(title="Evergreen", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_settled)
     door = Door(settings)
 
-    @app.post("/alerts/{pack}", status_code=202, responses=REFUSALS, openapi_extra=_bodies())
+    @app.post(
+        "/alerts/{pack}",
+        status_code=202,
+        responses=REFUSALS,
+        response_model_exclude_defaults=True,
+        openapi_extra=_bodies(),
+    )
     async def take_alert(pack: str, request: Request) -> Kept:
         return await door.take(pack, request)
 
@@ -101,41 +115,31 @@ class Door:
         """Keep the alerts of a request; raises Refusal, which is noted."""
         sender = None
         try:
-            body = await _body(request)
-            sender = self._authenticate(request.headers, body)
+            senders = self._senders()
+            # Only who has a token can post a notification: nobody else makes the server read so much.
+            known = _of_token(senders, request.headers) is not None
+            body = await _body(request, messages.GROUP_BYTES if known else messages.BODY_BYTES)
+            sender = _authenticated(senders, request.headers, body)
             await self._count(sender)
             self._require(pack)
-            alerts = _alerts(sender, pack, request.headers, body)
-            ids = await self.keeper.keep(pack, alerts)
+            found = _messages(sender, pack, request.headers, body)
+            ids = await self.keeper.keep(pack, found.alerts)
         except Refusal as refusal:
             host = request.client.host if request.client and sender is None else None
-            known, name = pack if self._is_there(pack) else None, sender.name if sender else None
-            self.refusals.note(Refused(refusal.status_code, str(refusal.detail), known, name, host))
+            there, name = pack if self._is_there(pack) else None, sender.name if sender else None
+            self.refusals.note(Refused(refusal.status_code, str(refusal.detail), there, name, host))
             raise
-        return Kept(alert=ids[0], alerts=ids)
+        for why in found.refused.values():
+            self.refusals.note(Refused(422, f"one of several: {why}", pack, sender.name, None))
+        refused = [messages.numbered(index, why) for index, why in itertools.islice(found.refused.items(), SHOWN)]
+        return Kept(alert=ids[0], alerts=ids, refused=refused)
 
-    def _authenticate(self, headers: Mapping[str, str], body: bytes) -> Sender:
-        """Who posted this: by the signature where there is one, else by the bearer token."""
+    def _senders(self) -> Collection[Sender]:
         try:
-            senders = self.senders.now().values()
+            return self.senders.now().values()
         except SendersError as error:
             log.error("no alert is taken: %s", error)  # noqa: TRY400  the message says all
             raise _away("the senders file cannot be used") from error
-        if "webhook-signature" in headers:
-            keys = {signatures.key_of(secret): sender for sender in senders for secret in sender.signing}
-            try:
-                return keys[signatures.verify(keys, headers, body, time.time())]
-            except signatures.SignatureError as error:
-                raise _unknown(str(error)) from None
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given, found = token.strip().encode() if scheme.lower() == "bearer" else b"", None
-        for sender in senders:
-            for secret in sender.bearer:  # every one is compared, whatever matched: the time tells nothing
-                if hmac.compare_digest(secret.encode(), given):
-                    found = sender
-        if found is None:
-            raise _unknown("neither signed (webhook-signature) nor with a sender's token (Authorization: Bearer …)")
-        return found
 
     async def _count(self, sender: Sender) -> None:
         """Count this request against the sender's rate, in this process."""
@@ -147,7 +151,7 @@ class Door:
 
     def _require(self, pack: str) -> None:
         if not self._is_there(pack):
-            raise Refusal(404, f"there is no pack {pack[:60]!r}")
+            raise Refusal(404, f"there is no pack {quoted(pack)}")
 
     def _is_there(self, pack: str) -> bool:
         return bool(NAME.fullmatch(pack)) and (self.settings.packs / pack / "pack.yaml").is_file()
@@ -204,31 +208,60 @@ class Keeper:
                 kept.set_exception(failure)
 
 
-async def _body(request: Request) -> bytes:
-    """The body, when it is small enough and arrives in time; nothing beyond that is read."""
+def _authenticated(senders: Collection[Sender], headers: Mapping[str, str], body: bytes) -> Sender:
+    """The sender who posted this: by the signature where there is one, else by the bearer token."""
+    if "webhook-signature" in headers:
+        keys = {signatures.key_of(secret): sender for sender in senders for secret in sender.signing}
+        try:
+            return keys[signatures.verify(keys, headers, body, time.time())]
+        except signatures.SignatureError as error:
+            raise _unknown(str(error)) from None
+    if (sender := _of_token(senders, headers)) is None:
+        raise _unknown("neither signed (webhook-signature) nor with a sender's token (Authorization: Bearer …)")
+    return sender
+
+
+def _of_token(senders: Collection[Sender], headers: Mapping[str, str]) -> Sender | None:
+    """The sender whose bearer token this is; None for a signed request, and for an unknown token."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or "webhook-signature" in headers:
+        return None
+    given, owner = token.strip().encode(), None
+    for sender in senders:
+        for secret in sender.bearer:  # every one is compared, whatever matched: the time tells nothing
+            if hmac.compare_digest(secret.encode(), given):
+                owner = sender
+    return owner
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The body, when it is no larger than `limit` and arrives in time; nothing beyond that is read."""
     declared = request.headers.get("content-length", "0")
-    too_large = len(declared) > 9 or not declared.isdecimal() or int(declared) > BODY_BYTES
+    too_large = len(declared) > 9 or not declared.isdecimal() or int(declared) > limit
     content = bytearray()
     try:
         async with asyncio.timeout(READ_WITHIN_S):
             async with aclosing(request.stream()) as chunks:
                 while not too_large and (chunk := await anext(chunks, None)) is not None:
                     content += chunk
-                    too_large = len(content) > BODY_BYTES
+                    too_large = len(content) > limit
     except TimeoutError:
         raise Refusal(408, f"the body did not arrive within {READ_WITHIN_S:.0f} s", CLOSE) from None
     except ClientDisconnect:
         raise Refusal(408, "the body ended early", CLOSE) from None
     if too_large:
-        raise Refusal(413, f"the body is larger than {BODY_BYTES // 1024} KiB", CLOSE)
+        raise Refusal(413, f"the body is larger than {limit // 1024} KiB", CLOSE)
     return bytes(content)
 
 
-def _alerts(sender: Sender, pack: str, headers: Mapping[str, str], body: bytes) -> list[NewAlert]:
+def _messages(sender: Sender, pack: str, headers: Mapping[str, str], body: bytes) -> Messages:
     try:
         return messages.read(sender.name, pack, headers, body, datetime.now(UTC))
     except messages.ContentTypeError as error:
         raise Refusal(415, str(error)) from None
+    except messages.TooLargeError:
+        limit = messages.BODY_BYTES // 1024
+        raise Refusal(413, f"the body is larger than {limit} KiB, and no notification of several alerts") from None
     except messages.MessageError as error:
         raise Refusal(422, str(error)) from None
 

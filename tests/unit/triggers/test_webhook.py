@@ -14,8 +14,10 @@ import httpx
 import pytest
 from tests.served import Served
 
+from evergreen import database as db
 from evergreen.errors import AlertError
 from evergreen.triggers import senders, signatures, webhook
+from evergreen.triggers.refusals import refused_of
 
 DRIFT = b'{"reason": "drift"}'
 
@@ -176,7 +178,8 @@ def test_what_is_no_pack_is_not_found(server, pack):
         (DRIFT, {"content-type": "text/plain"}, 415, "application/json"),
         (b'{"reason": 1}', {"content-type": "application/json"}, 422, "reason: is no text"),
         (b"[" * 60_000, {"content-type": "application/json"}, 422, "recursion limit"),
-        (b"x" * (64 * 1024 + 1), {"content-type": "application/json"}, 413, "64 KiB"),
+        (b'{"reason": "' + b"x" * 64 * 1024 + b'"}', {"content-type": "application/json"}, 413, "64 KiB"),
+        (b"x" * (1024 * 1024 + 1), {"content-type": "application/json"}, 413, "1024 KiB"),
     ],
 )
 def test_a_refusal_says_why_and_is_logged_without_secrets(server, caplog, body, headers, status, why):
@@ -195,11 +198,40 @@ def test_a_body_of_64_kib_is_taken(server):
     assert server.post(f'{{"reason": "drift", "evidence": {{"x": "{filler}"}}}}').status_code == 202
 
 
-def test_a_body_in_chunks_is_cut_off_at_64_kib(server):
+def test_a_body_in_chunks_is_cut_off_at_its_bound(server):
     """No length said, and no end: refused as soon as there is too much, and the connection closed."""
     chunk = b"4000\r\n" + b"x" * 0x4000 + b"\r\n"
-    answer = raw(server, head(server, "transfer-encoding: chunked"), *[chunk] * 64)
+    answer = raw(server, head(server, "transfer-encoding: chunked"), *[chunk] * 128)
     assert answer.startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_only_a_token_lets_a_body_be_as_large_as_a_notification(server, signed):
+    """Whoever has none, or signs, posts a single alert: 64 KiB are read and no more."""
+    body = b'{"version": "4", "alerts": ["' + b"x" * 80_000 + b'"]}'
+    headers = server.signed(body, at=int(time.time())) if signed else {"authorization": "Bearer wrong"}
+    answer = server.post(body, headers)
+    assert (answer.status_code, answer.json()["detail"]) == (413, "the body is larger than 64 KiB")
+
+
+def test_a_notification_of_a_hundred_and_twenty_alerts_is_kept(server):
+    """Of 81 KB; the one of them that cannot be kept is named in the answer, counted and written down."""
+    alert = {"status": "firing", "startsAt": "2026-05-04T11:58:00Z", "annotations": {"description": "x" * 550}}
+    alerts = [alert | {"labels": {"alertname": "Drift"}, "fingerprint": f"{n:016x}"} for n in range(121)]
+    alerts[3] = alerts[3] | {"labels": {"alertname": 5}}
+    body = json.dumps({"version": "4", "alerts": alerts})
+    assert len(body) > 81_000
+    answer = server.post(body)
+    assert answer.status_code == 202
+    assert len(answer.json()["alerts"]) == len(server.kept()) == 120
+    assert answer.json()["refused"] == ["alerts.3.labels.alertname: is no text"]
+    database = db.connect(server.settings.database_url)
+    while not (rows := refused_of(database, "digits")):
+        time.sleep(0.01)
+    why = "one of several: alert.labels.alertname: is no text"
+    assert [(row["status"], row["reason"], row["sender"], row["times"]) for row in rows] == [
+        (422, why, "alertmanager", 1)
+    ]
 
 
 def test_a_body_that_dawdles_is_given_up(server, monkeypatch):
