@@ -15,8 +15,9 @@ A validation fails when more than `data.quarantine` of the window's rows would b
 over the window, or when an expectation over the whole window fails or cannot be evaluated.
 
 Great Expectations' pandas engine ignores nulls in everything but `expect_column_values_to_not_be_null`, and so does
-this. Frames are handed to it with classic pandas types: int (float where there are nulls: whole up to 2**53), float,
-bool or object, object for text and dates, datetime64 in UTC.
+this. Frames are handed to it with pandas types: int64, or Int64 where a value is missing, so that integers stay exact;
+float64, bool or object, object for text and dates, datetime64 in UTC. Some expectations cannot evaluate Int64, and sums
+may overflow 64 bits: `_Batch` has other frames of the same rows for these.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ unique, compound unique, increasing, decreasing, z-scores and outliers (they com
 
 CONDITION_ARGUMENTS = ("row_condition", "condition_parser")
 COLUMN_ARGUMENTS = ("column", "column_A", "column_B", "column_list", "column_set")
+SUMS = frozenset({"expect_column_sum_to_be_between", "expect_multicolumn_sum_to_equal"})
+"""Types that add numbers up: 64 bits may overflow."""
+ABOUT_TYPES = frozenset({"expect_column_values_to_be_in_type_list", "expect_column_values_to_be_of_type"})
+"""Types that look at a column's type. Packs name those that pandas gives by default."""
 ABOUT_COLUMNS = frozenset({"expect_column_to_exist", "expect_table_columns_to_match_set"})
 """Types that may name a column which is not there."""
 INDEX = "evergreen.index"
@@ -84,6 +89,8 @@ INDEX = "evergreen.index"
 FAILED = "failed_expectations"
 """The column of a quarantine file that names the expectations a row failed, with `; ` between them."""
 EXAMPLES = 5
+ENGINE = 2
+"""Changes when the same rows may be judged otherwise: records of an earlier engine are not reused. 2: exact integers."""
 
 
 class Count(Value):
@@ -117,7 +124,7 @@ def records(content: Mapping[str, Any]) -> dict[str, Record]:
 def suite_hash(expectations: Sequence[Expectation]) -> str:
     """sha256 over types and arguments, in their order, and over which are row-local: records are kept under it."""
     rules = [_Rule(index, expectation, Path()) for index, expectation in enumerate(expectations)]
-    content = [[rule.type, rule.arguments, rule.is_row_local] for rule in rules]
+    content = [ENGINE, *([rule.type, rule.arguments, rule.is_row_local] for rule in rules)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -340,7 +347,7 @@ class _Rule:
         }
         meta = {**(arguments.pop("meta", None) or {}), INDEX: self.index}
         try:
-            return ExpectationConfiguration(type=self.type, kwargs=arguments, meta=meta).to_domain_obj()
+            built = ExpectationConfiguration(type=self.type, kwargs=arguments, meta=meta).to_domain_obj()
         except ExpectationNotFoundError:
             raise PackError(
                 f"{self.file}: expectations.{self.index}: {self.type!r} is not a Great Expectations type",
@@ -351,6 +358,14 @@ class _Rule:
                 f"{self.file}: {self.name}: {_refusal(error)}",
                 fix=f"give {self.type} the arguments that Great Expectations documents",
             ) from error
+        for key, value in arguments.items():
+            rounded = getattr(built, key, value)
+            if isinstance(value, int) and isinstance(rounded, float) and int(rounded) != value:
+                raise PackError(
+                    f"{self.file}: {self.name}: {key}: Great Expectations would round {value} to {int(rounded)}",
+                    fix=f"give a number that float64 holds exactly, such as {int(rounded)}",
+                )
+        return built
 
     def over_window(self, ran: dict[str, Any] | None, total: Count) -> dict[str, Any]:
         """Great Expectations' result for this row-local expectation, with the counts of the whole window in it.
@@ -457,9 +472,44 @@ class _View:
     def __init__(self, rows: pl.DataFrame, types: Mapping[str, str], positions: np.ndarray[Any, Any]) -> None:
         self.positions = positions
         """Of these rows within the batch."""
+        self.types = types
         self.rows = _to_pandas(rows, types)
-        asset = _context().data_sources.add_pandas("evergreen").add_dataframe_asset("rows")
-        self.batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": self.rows})
+        self._batches: dict[str, Any] = {}
+
+    def run(self, rules: Sequence[_Rule], result_format: str) -> dict[_Rule, dict[str, Any]]:
+        """Each expectation's own result, as JSON."""
+        of_types = [rule for rule in rules if rule.type in ABOUT_TYPES]
+        exact = [rule for rule in rules if rule.type not in ABOUT_TYPES | SUMS]
+        results = self._validate("types", of_types, result_format) | self._validate("rows", exact, result_format)
+        # Great Expectations cannot compare two columns, or compute some figures, where Int64 has a missing value.
+        rest = [rule for rule in rules if rule not in results or _exception(results[rule]) is not None]
+        return results | self._validate("numbers", rest, result_format)
+
+    def _validate(self, name: str, rules: Sequence[_Rule], result_format: str) -> dict[_Rule, dict[str, Any]]:
+        if not rules:
+            return {}
+        _great_expectations()
+        from great_expectations import ExpectationSuite
+
+        if name not in self._batches:
+            asset = _context().data_sources.add_pandas("evergreen").add_dataframe_asset(name)
+            frame = {"dataframe": self._frame(name)}
+            self._batches[name] = asset.add_batch_definition_whole_dataframe("all").get_batch(frame)
+        by_index = {rule.index: rule for rule in rules}
+        # The constructor keeps expectations that differ in their place only; `add_expectation` would drop one.
+        suite = ExpectationSuite(name="rows", expectations=[rule.build(self.types) for rule in rules])
+        found = self._batches[name].validate(suite, result_format=result_format)
+        results = [result.to_json_dict() for result in found.results]
+        return {by_index[result["expectation_config"]["meta"][INDEX]]: result for result in results}
+
+    def _frame(self, name: str) -> pd.DataFrame:
+        """The `rows`; or without Int64, `numbers` with the same values, `types` with those that pandas would have."""
+        if name == "rows":
+            return self.rows
+        integers = [column for column, kind in self.types.items() if kind == "int" and column in self.rows]
+        if name == "types":
+            return self.rows.astype({column: "float64" for column in integers if self.rows[column].hasnans})
+        return self.rows.assign(**_without_int64(self.rows[integers]))
 
 
 class _Batch:
@@ -472,23 +522,15 @@ class _Batch:
 
     def run(self, rules: Sequence[_Rule], result_format: str) -> dict[_Rule, dict[str, Any]]:
         """Each expectation's own result, as JSON; positions within are those of its view. Raises ValidationError."""
-        _great_expectations()
-        from great_expectations import ExpectationSuite
-
         results: dict[_Rule, dict[str, Any]] = {}
         groups: dict[str, list[_Rule]] = {}
         for rule in rules:
             groups.setdefault(rule.condition_text, []).append(rule)
         for group in groups.values():
-            by_index = {rule.index: rule for rule in group}
-            # The constructor keeps expectations that differ in their place only; `add_expectation` would drop one.
-            suite = ExpectationSuite(name="rows", expectations=[rule.build(self.types) for rule in group])
-            for result in self._view(group[0]).batch.validate(suite, result_format=result_format).results:
-                content = result.to_json_dict()
-                rule = by_index[content["expectation_config"]["meta"][INDEX]]
-                stated = {key: rule.arguments[key] for key in CONDITION_ARGUMENTS if key in rule.arguments}
-                content["expectation_config"]["kwargs"] |= stated
-                results[rule] = content
+            results |= self._view(group[0]).run(group, result_format)
+        for rule, content in results.items():
+            stated = {key: rule.arguments[key] for key in CONDITION_ARGUMENTS if key in rule.arguments}
+            content["expectation_config"]["kwargs"] |= stated
         return {rule: results[rule] for rule in rules}
 
     def _view(self, rule: _Rule) -> _View:
@@ -816,6 +858,7 @@ def _context() -> Any:
 
 def _to_pandas(rows: pl.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
     """Rows as Great Expectations handles them right, each column of the type it has over the window."""
+    import pandas as pd
     import polars as pl
 
     kinds: dict[str, Any] = {"bool": pl.Boolean, "int": pl.Int64, "float": pl.Float64, "string": pl.String}
@@ -823,6 +866,22 @@ def _to_pandas(rows: pl.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
     typed = rows.cast({name: kinds[kind] for name, kind in types.items() if kind in kinds and name in rows.columns})
     frame = typed.to_pandas()
     for name, kind in typed.schema.items():
+        if kind == pl.Int64 and typed[name].null_count():  # pandas has made it float64, which is exact up to 2**53
+            missing = typed[name].is_null().to_numpy()
+            frame[name] = pd.arrays.IntegerArray(typed[name].fill_null(0).to_numpy(allow_copy=True), missing.copy())
         if kind == pl.Date:  # as datetime64, pandas would not compare it with a date
             frame[name] = typed[name].to_numpy(allow_copy=True).astype("datetime64[D]").astype(object)
     return frame
+
+
+def _without_int64(integers: pd.DataFrame) -> dict[str, pd.Series[Any]]:
+    """Columns as int64, or as float64 with NaN for a missing value.
+
+    All hold Python's integers where float64 would round one of them or 64 bits not hold a sum.
+    """
+    import numpy as np
+
+    sizes = [np.abs(column.dropna().to_numpy(dtype=np.float64)) for _, column in integers.items()]
+    if all(each.max(initial=0.0) <= 2**53 and each.sum() < 2**62 for each in sizes):
+        return {str(name): column.astype(np.float64) for name, column in integers.items() if column.hasnans}
+    return {str(name): column.astype(object).where(column.notna(), np.nan) for name, column in integers.items()}

@@ -244,6 +244,87 @@ def test_a_record_whose_objects_are_lost_is_not_trusted(store, tmp_path):
     assert clean_rows(second, store).height == 23
 
 
+# Integers.
+
+BIG = 2**53
+"""From here on float64 rounds some whole numbers."""
+IDS = [*(BIG + n for n in range(22)), None, None]
+"""All different, two missing; as float64, half of them would be equal to a neighbour."""
+JUDGED = {
+    "unique": ("expect_column_values_to_be_unique", {}, 0),
+    "bounds": ("expect_column_values_to_be_between", {"min_value": BIG + 2, "max_value": BIG + 20}, 3),
+    "set": ("expect_column_values_to_be_in_set", {"value_set": [BIG + 1, BIG + 3]}, 20),
+    "not in a set": ("expect_column_values_to_not_be_in_set", {"value_set": [BIG + 1]}, 1),
+    "not null": ("expect_column_values_to_not_be_null", {}, 2),
+    "lengths": ("expect_column_value_lengths_to_equal", {"value": 16}, 0),
+    "regex": ("expect_column_values_to_match_regex", {"regex": "^[0-9]+$"}, 0),
+    "increasing": ("expect_column_values_to_be_increasing", {"strictly": True}, 0),
+    "pairs": ("expect_column_pair_values_a_to_be_greater_than_b", {"column_A": "id", "column_B": "before"}, 0),
+    "row sums": ("expect_multicolumn_sum_to_equal", {"column_list": ["id", "back"], "sum_total": BIG}, 0),
+}
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_integers_are_judged_exactly_beside_missing_ones(case, store, tmp_path):
+    """Whole numbers past 2**53 reach Great Expectations as they are, in rows where some are missing."""
+    kind, arguments, unexpected = JUDGED[case]
+    several = {"column_A", "column_list"} & set(arguments)
+    rule = (kind, arguments | ({"ignore_row_if": IGNORED[kind]} if several else {"column": "id"}))
+    back = [None if n is None else BIG - n for n in IDS]
+    before = [None if n is None else n - 1 for n in IDS]
+    outcome = validate(pack(rule, quarantine=1.0), rows(0, id=IDS, back=back, before=before), store, tmp_path)
+    assert results(outcome, store)[0]["result"]["unexpected_count"] == unexpected
+
+
+IGNORED = {
+    "expect_column_pair_values_a_to_be_greater_than_b": "both_values_are_missing",
+    "expect_multicolumn_sum_to_equal": "all_values_are_missing",
+}
+
+
+def test_a_row_with_one_integer_missing_is_compared_as_one_with_nan(store, tmp_path):
+    """A pair of which one value is missing fails, as Great Expectations has it for numbers that are not whole."""
+    rule = ("expect_column_pair_values_a_to_be_greater_than_b", {"column_A": "id", "column_B": "x"})
+    outcome = validate(pack(rule, quarantine=1.0), rows(0, id=[None, *range(100, 122), None]), store, tmp_path)
+    assert results(outcome, store)[0]["result"]["unexpected_count"] == 2
+
+
+def test_a_bound_that_would_be_rounded_is_refused():
+    """Great Expectations takes bounds as float64; the fix names the number that it would take."""
+    bound = ("expect_column_values_to_be_between", {"column": "x", "min_value": BIG + 1})
+    with pytest.raises(PackError, match=f"min_value: Great Expectations would round {BIG + 1} to {BIG}") as caught:
+        validation.check(pack(bound))
+    assert str(BIG) in caught.value.fix
+    validation.check(pack(("expect_column_values_to_be_between", {"column": "x", "min_value": BIG})))
+
+
+def test_sums_do_not_overflow(store, tmp_path):
+    """A sum of whole numbers past 64 bits is that sum."""
+    ids = [2**62] * 24
+    rule = ("expect_column_sum_to_be_between", {"column": "id", "min_value": 24 * 2**62, "max_value": 24 * 2**62})
+    outcome = validate(pack(rule), rows(0, id=ids), store, tmp_path)
+    assert results(outcome, store)[0]["result"]["observed_value"] == 24 * 2**62
+
+
+def test_the_type_of_integers_is_called_as_pandas_calls_it(store, tmp_path):
+    """Packs say int64, and float64 where a value is missing."""
+    rules = [("expect_column_values_to_be_of_type", {"column": name, "type_": kind}) for name, kind in TYPED]
+    outcome = validate(pack(*rules), rows(0, id=IDS), store, tmp_path)
+    assert [each["success"] for each in results(outcome, store)] == [True, True]
+
+
+TYPED = [("id", "float64"), ("y", "int64")]
+
+
+def test_quarantine_and_examples_show_integers_exactly(store, tmp_path):
+    """The rows set aside and the failure's examples have the digits of the source."""
+    rule = ("expect_column_values_to_be_between", {"column": "id", "max_value": BIG})
+    outcome = validate(pack(rule, quarantine=0.01), rows(0, id=IDS), store, tmp_path)
+    aside = pl.read_parquet(store.path(outcome.validated.quarantine))
+    assert aside["id"].to_list() == IDS[1:22]
+    assert f"id = {BIG + 1}" in str(outcome.error())
+
+
 # What is set aside.
 
 
