@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from evergreen.data.partitions import require_unrounded
 from evergreen.errors import EvaluationError, EvergreenError, PackError, SourceError, TrainingError, nearest
 from evergreen.run import Hardware, count
 from evergreen.training import devices
@@ -358,6 +359,7 @@ def _write_frame(frame: Any, file: Path, spec: JobSpec) -> int:
     import pyarrow as pa
 
     if library == "pandas" and hasattr(frame, "columns"):
+        require_unrounded(frame, f"{spec.call}: frame {int(file.stem) + 1}")
         frame = pa.Table.from_pandas(frame, preserve_index=False)
     if isinstance(frame, pa.RecordBatch):
         frame = pa.Table.from_batches([frame])

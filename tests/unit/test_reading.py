@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 
+import polars as pl
 import pytest
 import sqlalchemy as sa
 
@@ -74,3 +75,35 @@ def test_a_run_without_airflow_says_so(look, tmp_path):
     with pytest.raises(SourceError, match="connection 'gauges' is not known here") as caught:
         stages.ingest(run)
     assert "evergreen run" in caught.value.fix
+
+
+def test_a_column_that_becomes_a_float_does_not_round_the_whole_numbers_known(tmp_path):
+    """Rows that an earlier run accepted as whole numbers stay as they are: fractions that come later are refused."""
+    folder = tmp_path / "packs" / "flood"
+    folder.mkdir(parents=True)
+    source = "source: {kind: parquet, path: 'rows/*.parquet'}"
+    (folder / "pack.yaml").write_text(PACK.replace("source: {kind: sql, connection: gauges, table: heights}", source))
+    (folder / "model.py").write_text("")
+    (folder / "rows").mkdir()
+    settings = Settings.from_env({"EVERGREEN_HOME": str(tmp_path / "home"), "EVERGREEN_PACKS": str(tmp_path / "packs")})
+
+    def write(day, ids):
+        times = [datetime(2024, 1, day, hour, tzinfo=UTC) for hour in range(2)]
+        rows = pl.DataFrame({"seen_at": times, "flooded": [0, 1], "id": ids})
+        rows.write_parquet(folder / "rows" / f"{day}.parquet")
+
+    def ingest(run_id, day):
+        at = datetime(2024, 1, day, tzinfo=UTC)
+        run = keys.begin(settings, load(settings.packs, "flood"), run_id, as_of=at, scheduled=at, reason="a test")
+        return run, stages.ingest(run)
+
+    for day in (1, 2, 3):
+        write(day, [2**53 + day, None])
+    run, value = ingest("first", 4)
+    stages.snapshot(run, value, stages.validate(run, value))
+    write(4, [0.5, None])
+    with pytest.raises(SourceError, match=rf"2024-01-03: column 'id' has the whole number {2**53 + 3}"):
+        ingest("second", 5)
+    write(4, [4, None])  # what the fix says
+    _, value = ingest("third", 5)
+    assert value.rows == 6

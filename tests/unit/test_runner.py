@@ -124,6 +124,14 @@ def test_frames_of_every_library_are_taken(settings):
     assert result.metrics == {"rows": 3, "frames": 3}
 
 
+def test_whole_numbers_that_pandas_has_rounded_are_refused(settings):
+    """A pandas frame whose ids are floats, as they are where one is missing, is refused in the job that reads it."""
+    source = "import pandas\ndef read(window):\n    yield pandas.DataFrame({'id': [2**53 + 1, None]})\n"
+    with pytest.raises(SourceError, match="model:read: frame 1: column 'id' holds whole numbers as floats") as caught:
+        read(settings, source)
+    assert "Int64" in caught.value.fix
+
+
 def test_the_window_reaches_the_function(settings):
     """`read` is handed the window it is asked for, with aware times."""
     source = "import pyarrow\ndef read(window):\n    yield pyarrow.table({'t': [window.start, window.end]})\n"

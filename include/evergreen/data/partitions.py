@@ -10,6 +10,8 @@ types, that is: pandas makes a column of ints float in those frames where a valu
   time is taken as UTC), date. Categoricals become strings, decimals floats. A column without a value in the period has
   the type `null` there, and takes its type from other periods when they are read together.
 - Types of one column may differ from period to period only as int and float do (then it is a float), or null and any.
+- No digit of a whole number is lost: where float64 would round one, be it an int beside floats or a decimal, it is
+  refused.
 
 Nothing here knows the store: the ingest stage puts the files there.
 """
@@ -20,8 +22,8 @@ import contextlib
 import hashlib
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ from evergreen.run import Manifest, PartitionFile, Window, count, floor, period_
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     import polars as pl
 
 Frame = Any
@@ -57,11 +60,21 @@ class File:
 
 
 @dataclass(frozen=True)
+class Inexact:
+    """A whole number that float64 would round, and where it stands."""
+
+    where: str
+    value: int
+
+
+@dataclass(frozen=True)
 class Written:
     """What a source held of a window: the partitions in order of time, and every column's type over all of them."""
 
     files: tuple[File, ...]
     columns: dict[str, str]
+    inexact: dict[str, Inexact] = field(default_factory=dict)
+    """Of each int column that has one, a whole number that float64 would round."""
 
 
 def write(
@@ -96,27 +109,36 @@ def write(
             spill.add(frame)
     files: list[File] = []
     types: dict[str, str] = {}
+    rounded: dict[str, Inexact] = {}
     for group in spill.groups(origin):
-        for file, found in _write_group(group, partition, event_time, folder):
+        for file, found, values in _write_group(group, partition, event_time, folder):
             files.append(file)
-            types = agree(types, found, f"{origin}: {period_name(file.period, partition)}")
+            where = f"{origin}: {period_name(file.period, partition)}"
+            types = agree(types, found, where)
+            rounded = {name: Inexact(where, value) for name, value in values.items()} | rounded
+    require_exact(types, rounded)
     shutil.rmtree(folder / "spill", ignore_errors=True)
-    return Written(files=tuple(sorted(files, key=lambda file: file.period)), columns=types)
+    return Written(files=tuple(sorted(files, key=lambda file: file.period)), columns=types, inexact=rounded)
 
 
 def write_one(frame: pl.DataFrame, *, period: datetime, event_time: str, path: Path) -> File:
     """Write rows of one period, of a partition read before, as a partition of their own: a clean one, say."""
     columns = [event_time, *sorted(set(frame.columns) - {event_time})]
     frame = _canonical(frame.select(columns), str(path)).sort(columns)
-    file, _ = _write_slice(frame, [_Bytes(frame[name]) for name in columns], slice(0, frame.height), period, path)
+    file, _, _ = _write_slice(frame, [_Bytes(frame[name]) for name in columns], slice(0, frame.height), period, path)
     return file
 
 
 def load(paths: Iterable[Path]) -> pl.DataFrame:
-    """The rows of partitions, given in order of time, as one frame; a column takes the widest of its types."""
+    """The rows of partitions, given in order of time, as one frame; a column takes the widest of its types.
+
+    Raises SourceError where that would round a whole number.
+    """
     import polars as pl
 
-    return _concat([pl.read_parquet(path) for path in paths])
+    frames = [pl.read_parquet(path) for path in paths]
+    require_exact_together(frames, lambda frame: f"the partition of {frame.item(0, 0):%Y-%m-%d %H:%M}")
+    return _concat(frames)
 
 
 # What to read, and what it makes of what is known: pure.
@@ -197,6 +219,45 @@ def _wider(name: str, left: str, right: str, where: str) -> str:
         f"{where}: column {name!r} is {right}, and {left} before",
         fix="give the column one type in the source; a new meaning deserves a new name",
     )
+
+
+def require_exact(types: Mapping[str, str], rounded: Mapping[str, Inexact]) -> None:
+    """Raise SourceError for a column that is a float over the window and has a whole number that float64 would round."""
+    for name, number in rounded.items():
+        if types.get(name) == "float":
+            raise SourceError(
+                f"{number.where}: column {name!r} has the whole number {number.value}, and is a float elsewhere: together "
+                f"they would be floats, which round it to {int(float(number.value))}",
+                fix="make the column whole numbers everywhere (in pandas by the dtype Int64, which has missing values), or "
+                "text everywhere; then run with --force, which reads all of the window again",
+            )
+
+
+def require_exact_together(frames: Sequence[pl.DataFrame], name: Callable[[pl.DataFrame], str]) -> None:
+    """Raise SourceError where frames, put together, would round a whole number. `name` calls a frame in messages."""
+    import polars as pl
+
+    floats = {column for frame in frames for column, kind in frame.schema.items() if kind == pl.Float64}
+    for frame in frames:
+        for column, kind in frame.schema.items():
+            if kind == pl.Int64 and column in floats and (value := inexact(frame[column])) is not None:
+                require_exact({column: "float"}, {column: Inexact(name(frame), value)})
+
+
+def inexact(integers: pl.Series) -> int | None:
+    """The first of these whole numbers that float64 would round; None where it holds all."""
+    import numpy as np
+
+    positions = _rounded(integers.drop_nulls().to_numpy())
+    return int(integers.drop_nulls()[int(np.flatnonzero(positions)[0])]) if positions.any() else None
+
+
+def _rounded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """(n,) whether float64 would round each of these int64."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):  # 2**63 is one too many for int64: not what it was, either
+        return np.asarray((np.abs(values) > 2**53) & (values.astype(np.float64).astype(np.int64) != values))
 
 
 def _whole(window: Window, partition: Partition) -> Window:
@@ -346,6 +407,8 @@ def _to_polars(raw: Frame, where: str) -> pl.DataFrame:
     if isinstance(raw, pl.DataFrame):
         return raw
     library = type(raw).__module__.split(".")[0]
+    if library == "pandas":
+        require_unrounded(raw, where)
     if library not in ("pandas", "pyarrow"):
         raise SourceError(
             f"{where} is a {type(raw).__name__}", fix="hand over polars or pandas DataFrames, or pyarrow Tables"
@@ -358,6 +421,27 @@ def _to_polars(raw: Frame, where: str) -> pl.DataFrame:
         ) from error
     assert isinstance(frame, pl.DataFrame)
     return frame
+
+
+def require_unrounded(frame: pd.DataFrame, where: str) -> None:
+    """Raise SourceError for whole numbers that pandas has made float64, as it does where one is missing, and so rounded.
+
+    They are told from measurements by what no measurement is: all whole, some past 2**53, some missing.
+    """
+    import numpy as np
+
+    for name, column in frame.items():
+        if column.dtype != np.float64 or not column.hasnans:
+            continue
+        values = column.to_numpy()
+        values = values[np.isfinite(values)]
+        if np.abs(values).max(initial=0.0) >= 2**53 and (values == np.floor(values)).all():
+            value = int(values[np.abs(values).argmax()])
+            raise SourceError(
+                f"{where}: column {name!r} holds whole numbers as floats, {value} for one: past 2**53 float64 rounds them",
+                fix=f"keep them whole from the start, with the dtype Int64 (pandas makes a column of integers float64 "
+                f"where a value is missing); if they are no integers, say so: frame.astype({{{name!r}: 'Float64'}})",
+            )
 
 
 NOT_KEPT = {
@@ -381,6 +465,8 @@ def _canonical(frame: pl.DataFrame, where: str) -> pl.DataFrame:
         if kind.is_integer():
             columns.append(column.cast(pl.Int64))
         elif kind.is_numeric():
+            if kind.is_decimal():
+                _require_exact_decimals(frame[name], where)
             number = column.cast(pl.Float64)
             one_zero = pl.when(number == 0).then(0.0)
             columns.append(one_zero.when(number.is_nan()).then(float("nan")).otherwise(number).alias(name))
@@ -403,6 +489,20 @@ def _canonical(frame: pl.DataFrame, where: str) -> pl.DataFrame:
             f"{where}: a whole number does not fit in 64 bits: {str(error).splitlines()[0]}",
             fix="write the column as float or as text",
         ) from error
+
+
+def _require_exact_decimals(column: pl.Series, where: str) -> None:
+    """Raise SourceError for a decimal whose whole part float64 would round; fractions are rounded as all floats are."""
+    import polars as pl
+
+    large = column.filter(column.cast(pl.Float64).abs() >= 2**53)
+    for value in large.unique().to_list():
+        if int(float(value)) != int(value):
+            raise SourceError(
+                f"{where}: column {column.name!r} has the decimal {value}: decimals become floats, which round it to "
+                f"{int(float(value))}",
+                fix="write the column as 64-bit integers, or as text",
+            )
 
 
 class _Spill:
@@ -487,6 +587,7 @@ def _join(parts: Sequence[pl.DataFrame], where: str) -> pl.DataFrame:
     types: dict[str, str] = {}
     for part in parts if len(parts) > 1 else ():
         types = agree(types, {name: _kind(part[name]) for name in part.columns}, where)
+    require_exact_together(parts, lambda _: where)
     return _concat(parts)
 
 
@@ -509,7 +610,7 @@ def _kind(column: pl.Series) -> str:
 
 def _write_group(
     group: pl.DataFrame, partition: Partition, event_time: str, folder: Path
-) -> Iterator[tuple[File, dict[str, str]]]:
+) -> Iterator[tuple[File, dict[str, str], dict[str, int]]]:
     """Sort a frame of whole periods and write each of its periods."""
     group = group.sort(group.columns)
     columns = [_Bytes(group[name]) for name in group.columns]
@@ -519,8 +620,11 @@ def _write_group(
 
 def _write_slice(
     frame: pl.DataFrame, columns: Sequence[_Bytes], rows: slice, period: datetime, path: Path
-) -> tuple[File, dict[str, str]]:
-    """Write `rows` of a sorted canonical frame as the partition of `period`; → it, and its columns' types."""
+) -> tuple[File, dict[str, str], dict[str, int]]:
+    """Write `rows` of a sorted canonical frame as the partition of `period`.
+
+    → it, its columns' types, and of each int column that has one a value that float64 would round.
+    """
     import polars as pl
 
     types = {column.name: column.kind(rows) for column in columns}
@@ -530,7 +634,8 @@ def _write_slice(
     identity = digest.hexdigest()
     part = frame[rows].cast({name: pl.Null for name, kind in types.items() if kind == "null"})
     part.write_parquet(path, compression="zstd", metadata={IDENTITY_KEY: identity})
-    return File(period=period, rows=part.height, identity=identity, path=path), types
+    rounded = {column.name: value for column in columns if (value := column.inexact(rows)) is not None}
+    return File(period=period, rows=part.height, identity=identity, path=path), types, rounded
 
 
 class _Bytes:
@@ -548,6 +653,7 @@ class _Bytes:
 
         self.name = column.name
         self.type = _kind(column)
+        self.rounded: np.ndarray[Any, Any] | None = None
         self.valid: np.ndarray[Any, Any] = column.is_not_null().to_numpy()
         if self.type == "null":
             return
@@ -566,6 +672,13 @@ class _Bytes:
                 else column
             )
             self.values = plain.fill_null(0).to_numpy().astype(width)
+        self.rounded = _rounded(self.values) if self.type == "int" else None
+
+    def inexact(self, rows: slice) -> int | None:
+        """The first whole number in these rows that float64 would round; None where it holds all."""
+        if self.rounded is None or not self.rounded[rows].any():
+            return None
+        return int(self.values[rows][self.rounded[rows].argmax()])
 
     def kind(self, rows: slice) -> str:
         """The canonical type in these rows; `null` where they hold no value."""

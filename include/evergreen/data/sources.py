@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import errno
 import fnmatch
+import math
 import shutil
 import tempfile
 import warnings
@@ -176,6 +177,7 @@ class Csv:
                 columns = _check_columns(columns, names, event_time, file.name)
                 types = self._types(path, names, file.name)
                 for batch in self._batches(path, names, file.name):
+                    _require_exact(batch, types, file.name)
                     typed = [_cast(column, kind) for column, kind in zip(batch.columns, types, strict=True)]
                     yield _in_window(pa.record_batch(typed, names=names), window, event_time, file.name)
 
@@ -488,7 +490,7 @@ def _typed(rows: Sequence[Sequence[Any]], names: list[str], where: str) -> pa.Re
         kinds = set(map(type, values)) - {type(None)}
         column: list[Any] = list(values)
         if kinds <= {int, float, Decimal} and len(kinds - {int}) > 0:
-            column = [None if value is None else float(value) for value in values]
+            column = [None if value is None else _as_float(value, f"{where}: column {name!r}") for value in values]
         elif kinds == {UUID}:
             column = [None if value is None else str(value) for value in values]
         elif kinds == {datetime}:
@@ -506,6 +508,17 @@ def _typed(rows: Sequence[Sequence[Any]], names: list[str], where: str) -> pa.Re
             ) from error
         columns.append(series.to_arrow(compat_level=pl.CompatLevel.oldest()))
     return pa.record_batch(columns, names=names)
+
+
+def _as_float(value: float | Decimal, what: str) -> float:
+    """A number of a column that is not all integers. Raises SourceError where digits of its whole part would be lost."""
+    number = float(value)
+    if math.isfinite(number) and abs(number) >= 2**53 and int(number) != int(value):
+        raise SourceError(
+            f"{what} has the number {value} among others that are no integers: as floats they would round it to {int(number)}",
+            fix="cast the column to bigint, or to text, in a query",
+        )
+    return number
 
 
 def _in_utc(value: datetime) -> datetime:
@@ -853,6 +866,22 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
     import pyarrow.compute as pc
 
     return pa.nulls(len(column)) if pa.types.is_null(kind) else pc.cast(column, kind)
+
+
+def _require_exact(batch: pa.RecordBatch, types: Sequence[pa.DataType], name: str) -> None:
+    """Raise SourceError for digits of a column of text that is to become float64, and would round them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for column, kind, header in zip(batch.columns, types, batch.schema.names, strict=True):
+        if not pa.types.is_floating(kind) or (pc.max(pc.binary_length(column)).as_py() or 0) < 16:
+            continue
+        for text in column.filter(pc.match_substring_regex(column, r"^[+-]?\d{16,}$")).to_pylist():
+            if text is not None and int(text) != int(float(text)):
+                raise SourceError(
+                    f"{name}: column {header!r} holds numbers, {text} for one, which as float64 would be {int(float(text))}",
+                    fix="a CSV has no types: write such a column as text, id-1 instead of 1, leave it out, or use Parquet",
+                )
 
 
 def _require_closed_quotes(path: Path, separator: str, name: str) -> None:

@@ -130,6 +130,7 @@ def observe(
         note(run, "ingest", "progress", f"reading what is new up to {fresh[-1].end:%Y-%m-%d %H:%M}")
     written: list[PartitionFile] = []
     columns: dict[str, str] = {}
+    rounded: dict[str, partitions.Inexact] = {}
     with work_folder(run) as folder:
         for index, part in enumerate(to_read):
             out = folder / f"partitions-{index}"
@@ -146,13 +147,34 @@ def observe(
             columns = partitions.agree(
                 columns, read.columns, f"pack {run.pack.name}: the source from {part.start:%Y-%m-%d}"
             )
+            rounded |= read.inexact
             written += [
                 PartitionFile(period=file.period, rows=file.rows, identity=file.identity, object=store.put(file.path))
                 for file in read.files
             ]
-    return partitions.merge(
+    merged = partitions.merge(
         known, written, columns, to_read, window, dataset=run.pack.dataset, partition=data.partition
     )
+    partitions.require_exact(merged[0].columns, rounded | _rounded_from_now_on(run, store, known, merged[0]))
+    return merged
+
+
+def _rounded_from_now_on(
+    run: Run, store: Store, known: Manifest | None, merged: Manifest
+) -> dict[str, partitions.Inexact]:
+    """Of each column that was int and becomes float with what was read now, a known whole number that float64 rounds."""
+    import polars as pl
+
+    before = known.columns if known else {}
+    widened = [name for name, kind in merged.columns.items() if kind == "float" and before.get(name) == "int"]
+    rounded: dict[str, partitions.Inexact] = {}
+    for part in merged.partitions if widened else ():
+        frame = pl.read_parquet(store.path(part.object), columns=widened)
+        where = f"pack {run.pack.name}: {period_name(part.period, merged.partition)}"
+        for name in widened:
+            if frame[name].dtype == pl.Int64 and (value := partitions.inexact(frame[name])) is not None:
+                rounded.setdefault(name, partitions.Inexact(where, value))
+    return rounded
 
 
 def frames(run: Run, window: Window) -> Generator[pl.DataFrame, None, None]:

@@ -1,6 +1,7 @@
 """Partitions: what makes their identity, and what is refused."""
 
 import hashlib
+import math
 import struct
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -189,6 +190,74 @@ def test_whole_numbers_and_fractions_make_a_float(tmp_path):
     assert written.columns["y"] == "float"
     assert written.files[0].identity == write(frames[:1], tmp_path / "alone").files[0].identity
     assert partitions.load(file.path for file in written.files)["y"].to_list() == [1.0, 0.5]
+
+
+BIG = 2**53 + 1
+"""As float64, this is 2**53."""
+MEETINGS = {
+    "in two periods": [{"t": day(0), "y": BIG}, {"t": day(1), "y": 0.5}],
+    "the float first": [{"t": day(0), "y": 0.5}, {"t": day(1), "y": BIG}],
+    "in one period": [{"t": day(0), "y": BIG}, {"t": day(0), "y": 0.5}],
+    "negative": [{"t": day(0), "y": 0.5}, {"t": day(1), "y": -BIG}],
+    "the largest": [{"t": day(0), "y": 0.5}, {"t": day(1), "y": 2**63 - 1}],
+}
+
+
+@pytest.mark.parametrize("case", MEETINGS)
+def test_a_float_that_would_round_whole_numbers_is_refused(case, tmp_path):
+    """Whole numbers that float64 cannot hold, and fractions: the message names the period, the column and the value."""
+    numbers = [pl.DataFrame([row]) for row in MEETINGS[case]]
+    with pytest.raises(SourceError) as caught:
+        write(numbers, tmp_path)
+    number = next(row for row in MEETINGS[case] if isinstance(row["y"], int))
+    assert f"{number['t']:%Y-%m-%d}" in caught.value.what
+    assert f"column 'y' has the whole number {number['y']}" in caught.value.what
+    assert "--force" in caught.value.fix
+
+
+def test_whole_numbers_that_float64_holds_may_meet_floats(tmp_path):
+    """Past 2**53 every second whole number is exact as a float, and nothing is lost."""
+    frames = [pl.DataFrame({"t": [day(0)], "y": [2**53 + 2]}), pl.DataFrame({"t": [day(1)], "y": [0.5]})]
+    written = write(frames, tmp_path)
+    assert partitions.load(file.path for file in written.files)["y"].to_list() == [2.0**53 + 2, 0.5]
+
+
+def test_partitions_are_not_put_together_where_that_rounds(tmp_path):
+    """Partitions of a home whose rows were rounded by an earlier version are not either."""
+    whole = write([pl.DataFrame({"t": [day(0)], "y": [BIG]})], tmp_path / "a")
+    fraction = write([pl.DataFrame({"t": [day(1)], "y": [0.5]})], tmp_path / "b")
+    with pytest.raises(SourceError, match=rf"the partition of 2013-01-01 00:00: column 'y' has the whole number {BIG}"):
+        partitions.load(file.path for file in (*whole.files, *fraction.files))
+
+
+def test_a_decimal_whose_whole_part_would_be_rounded_is_refused(tmp_path):
+    """Decimals become floats; an id kept as one would become another id."""
+    cents = pl.Series(["9007199254740992.25", "0.1"]).cast(pl.Decimal(38, 2))
+    exact = pl.DataFrame({"t": [day(0), day(1)], "y": [0, 1], "price": cents})
+    assert write([exact], tmp_path / "exact").columns["price"] == "float"
+    ids = exact.with_columns(price=pl.Series([str(BIG), "1"]).cast(pl.Decimal(20, 0)))
+    with pytest.raises(SourceError, match=f"column 'price' has the decimal {BIG}") as caught:
+        write([ids], tmp_path / "ids")
+    assert "text" in caught.value.fix
+
+
+def test_whole_numbers_that_pandas_has_rounded_are_refused(tmp_path):
+    """A pandas column of integers with a missing value is float64; the fixes keep it whole, or say that it is a float."""
+    frame = pd.DataFrame({"t": [day(0)] * 3, "y": [0, 1, 0], "id": [BIG, None, 7]})
+    with pytest.raises(SourceError, match=f"column 'id' holds whole numbers as floats, {2**53} for one") as caught:
+        write([frame], tmp_path / "a")
+    assert "frame.astype({'id': 'Float64'})" in caught.value.fix
+    whole = frame.assign(id=pd.array([BIG, None, 7], dtype="Int64"))
+    kept = pl.read_parquet(write([whole], tmp_path / "b").files[0].path)
+    assert sorted(kept["id"].drop_nulls()) == [7, BIG]
+    assert write([frame.astype({"id": "Float64"})], tmp_path / "c").columns["id"] == "float"
+
+
+@pytest.mark.parametrize("values", [[1e300, None, 0.5], [2.0**60, 3.0], [7.0, None, 8.0], [math.inf, None, 1.0]])
+def test_floats_of_pandas_are_kept(values, tmp_path):
+    """A measurement has fractions, or no value is missing, or all are small."""
+    frame = pd.DataFrame({"t": [day(0)] * len(values), "y": [0] * len(values), "x": values})
+    assert write([frame], tmp_path).columns["x"] == "float"
 
 
 def test_no_rows_are_no_partitions(tmp_path):

@@ -62,6 +62,21 @@ def test_a_csv_type_is_that_of_the_whole_file(tmp_path, monkeypatch):
     assert (found.dtype, found[-1], found.null_count()) == (pl.Float64, 0.5, 0)
 
 
+@pytest.mark.parametrize("values", [[str(2**53 + 1), "0.5"], [str(2**64 + 1), "1"], [f"-{2**53 + 1}", "", "0.5"]])
+def test_digits_that_a_csv_column_of_floats_would_round_are_refused(values, tmp_path):
+    """Whole numbers among fractions, or beyond 64 bits; as text, which the fix says, they are kept."""
+    with pytest.raises(SourceError, match=rf"column\.csv: column 'x' holds numbers, {values[0]} for one") as caught:
+        column(tmp_path, *values)
+    assert "id-1 instead of 1" in caught.value.fix
+    named = [f"id-{value}" for value in values if value]
+    assert column(tmp_path, *named).to_list() == named
+
+
+def test_digits_that_float_holds_are_kept(tmp_path):
+    """2**54 is a float as it stands."""
+    assert column(tmp_path, str(2**54), "0.5").to_list() == [2.0**54, 0.5]
+
+
 def test_a_csv_time_with_an_offset_is_utc(tmp_path):
     """An event time with an offset is turned to UTC."""
     (tmp_path / "a.csv").write_text("t,x\n2013-01-02T01:00:00+02:00,1\n")

@@ -243,6 +243,27 @@ def test_a_column_of_several_types_is_refused(tmp_path):
     assert "column 'x' holds values of several types: int, str" in error.what
 
 
+def test_whole_numbers_are_not_rounded_among_others(tmp_path):
+    """SQLite keeps integers and fractions in one column; where floats would round an integer, that is refused."""
+    with sqlite3.connect(tmp_path / "a.db") as connection:
+        connection.execute("CREATE TABLE mixed (t TEXT, x)")
+        connection.executemany("INSERT INTO mixed VALUES ('2013-01-01', ?)", [(2**53 + 1,), (0.5,)])
+    error = refusal({"url": "sqlite:///a.db", "table": "mixed"}, folder=tmp_path)
+    assert f"column 'x' has the number {2**53 + 1}" in error.what
+    query = "SELECT t, CAST(x AS TEXT) AS x FROM mixed"  # what the fix says
+    assert read({"url": "sqlite:///a.db", "query": query}, folder=tmp_path)["x"].to_list() == [str(2**53 + 1), "0.5"]
+
+
+def test_decimals_that_float_would_round_are_refused(database):
+    """A numeric key is cast as the fix says, and keeps its digits; one that float64 holds stays a float."""
+    database("CREATE TABLE keys AS SELECT timestamptz '2013-01-02' AS t, 9007199254740993::numeric(20) AS id")
+    error = refusal({"url": database.url, "table": "keys"})
+    assert "column 'id' has the number 9007199254740993" in error.what
+    assert "cast the column to bigint" in error.fix
+    kept = read({"url": database.url, "query": "SELECT t, id::bigint AS id, 12::numeric AS n FROM keys"})
+    assert kept.select("id", "n").row(0) == (2**53 + 1, 12.0)
+
+
 def test_a_kind_that_no_driver_knows(database):
     """A connection of another type than a database's is told as such."""
     assert "no driver" in refusal({"table": "a"}, Connection(name="warehouse", kind="http", host="example.com")).what
