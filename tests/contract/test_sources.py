@@ -224,6 +224,28 @@ def test_a_file_with_other_columns_is_refused(kind, tmp_path):
     assert "did you mean 'names'?" in caught.value.fix
 
 
+@every_kind_of_file
+@pytest.mark.parametrize("other", ["columns", "types"])
+def test_a_file_of_other_days_decides_nothing(kind, other, tmp_path):
+    """A file without a row of the window may have columns and types of its own, whether it is read before or after."""
+    KINDS[kind](sample(), tmp_path / f"m.{kind}")
+    alone = pl.concat(read(kind, "*", tmp_path))
+    strange = sample(10).with_columns(pl.lit("n/a").alias("x")) if other == "types" else sample(10).rename({"x": "z"})
+    KINDS[kind](strange, tmp_path / f"a.{kind}")
+    KINDS[kind](strange.with_columns(t=pl.col("t") + timedelta(days=30)), tmp_path / f"z.{kind}")
+    assert pl.concat(read(kind, "*", tmp_path)).equals(alone)
+
+
+@every_kind
+def test_rows_of_other_days_change_no_type(kind, tmp_path):
+    """The same rows of the window come out, whatever numbers lie before and after it."""
+    KINDS[kind](sample(), tmp_path / f"a.{kind}")
+    within = sample().filter((pl.col("t") >= WEEK.start) & (pl.col("t") < WEEK.end))
+    KINDS[kind](within, tmp_path / f"b.{kind}")
+    whole, alone = (pl.concat(read(kind, f"{name}.{kind}", tmp_path)) for name in ("a", "b"))
+    assert (whole.schema, whole.sort("t").to_dicts()) == (alone.schema, alone.sort("t").to_dicts())
+
+
 @every_kind
 def test_a_missing_event_time_is_refused(kind, tmp_path):
     """The pack's event time must be a column of the file or the table."""

@@ -7,10 +7,12 @@ import pytest
 import sqlalchemy as sa
 
 from evergreen import keys, stages
+from evergreen.data.store import Store
 from evergreen.errors import SourceError
 from evergreen.pack import load
 from evergreen.run import Connection
 from evergreen.settings import Settings
+from evergreen.work import manifest_of
 
 PACK = """
 description: Will the water reach the road?
@@ -107,3 +109,57 @@ def test_a_column_that_becomes_a_float_does_not_round_the_whole_numbers_known(tm
     write(4, [4, None])  # what the fix says
     _, value = ingest("third", 5)
     assert value.rows == 6
+
+
+CSV_PACK = """
+description: Will the water reach the road?
+owner: gauge@example.com
+source: {kind: csv, path: heights.csv}
+data: {target: flooded, event_time: seen_at, train: 2d, validation: 1d, holdout: 1d}
+training: {call: "model:train"}
+gate: {primary: {metric: roc_auc}}
+"""
+
+
+@pytest.fixture
+def ingest(tmp_path):
+    """A function that writes days with their codes into a CSV and looks at it; → the manifest's columns."""
+    folder = tmp_path / "packs" / "flood"
+    folder.mkdir(parents=True)
+    (folder / "pack.yaml").write_text(CSV_PACK)
+    (folder / "model.py").write_text("")
+    settings = Settings.from_env({"EVERGREEN_HOME": str(tmp_path / "home"), "EVERGREEN_PACKS": str(tmp_path / "packs")})
+
+    def look(run_id, as_of, days, force=False):
+        lines = [f"2024-01-{day:02} 0{hour}:00,{hour},{code}" for day, code in days.items() for hour in (0, 1)]
+        (folder / "heights.csv").write_text("\n".join(["seen_at,flooded,code", *lines, ""]))
+        at = datetime(2024, 1, as_of, tzinfo=UTC)
+        run = keys.begin(
+            settings, load(settings.packs, "flood"), run_id, as_of=at, scheduled=at, reason="a test", force=force
+        )
+        value = stages.ingest(run)
+        stages.snapshot(run, value, stages.validate(run, value))
+        return manifest_of(Store(settings), value.manifest)
+
+    return look
+
+
+def test_a_csv_has_the_types_of_its_window_where_the_data_end_early(ingest):
+    """The windows reach back to the days that have rows; a code of letters there makes text of all codes."""
+    days = {1: "A1", 2: 7, 3: 8, 4: 9}
+    assert ingest("first", 5, days).columns["code"] == "string"
+    assert ingest("early", 6, days).columns["code"] == "string"
+
+
+def test_a_new_day_of_a_csv_takes_the_known_types(ingest):
+    """A day of digits in a column of text is text; text in a column of digits is refused, and --force reads it."""
+    days = {1: "A1", 2: 7, 3: 8, 4: 9}
+    ingest("first", 5, days)
+    manifest = ingest("second", 6, {**days, 5: "012"})
+    assert (manifest.columns["code"], len(manifest.partitions)) == ("string", 4)
+    numbers = {2: 1, 3: 2, 4: 3, 5: 4, 6: 5}
+    assert ingest("third", 7, numbers, force=True).columns["code"] == "int"
+    with pytest.raises(SourceError, match="column 'code' is string, and int before") as caught:
+        ingest("fourth", 8, {**numbers, 7: "A7"})
+    assert "run once with --force" in caught.value.fix
+    assert ingest("fifth", 8, {**numbers, 7: "A7"}, force=True).columns["code"] == "string"

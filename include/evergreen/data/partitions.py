@@ -217,7 +217,8 @@ def _wider(name: str, left: str, right: str, where: str) -> str:
         return "float"
     raise SourceError(
         f"{where}: column {name!r} is {right}, and {left} before",
-        fix="give the column one type in the source; a new meaning deserves a new name",
+        fix="give the column one type in the source; a new meaning deserves a new name. Where all of the window has the "
+        "new type now, run once with --force, which reads the whole window again",
     )
 
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -86,8 +87,16 @@ class Source(Protocol):
         """The rows of `window`, in chunks. Raises SourceError."""
 
 
-def open_source(source: pack.Source, folder: Path, connect: Connect = no_connections) -> Source:
-    """The source that a pack in `folder` describes; `connect` knows the connection it names. Opens nothing yet."""
+def open_source(
+    source: pack.Source,
+    folder: Path,
+    connect: Connect = no_connections,
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> Source:
+    """The source that a pack in `folder` describes; `connect` knows the connection it names. Opens nothing yet.
+
+    `known` are the types that its columns had in earlier readings, for a source whose files declare none.
+    """
     if isinstance(source, pack.PythonSource):
         raise TypeError(f"a {source.kind} source is read by a job")
     connection = connect(source.connection) if source.connection else None
@@ -96,7 +105,7 @@ def open_source(source: pack.Source, folder: Path, connect: Connect = no_connect
     options = _options(source.path, connection) if connection else {}
     if isinstance(source, pack.ParquetSource):
         return Parquet(source.path, folder, options)
-    return Csv(source.path, folder, options, separator=source.separator, null_values=source.null_values)
+    return Csv(source.path, folder, options, source.separator, source.null_values, known)
 
 
 def frames(folder: Path) -> Iterator[pl.DataFrame]:
@@ -125,7 +134,7 @@ class Parquet:
                 with _reading(file.name, "write the file again: it is not a whole Parquet file"):
                     table = self._table(opened, file)
                     schema = table.schema_arrow
-                columns = _check_columns(columns, schema.names, event_time, file.name)
+                partitions.require_columns(schema.names, (event_time,), file.name)
                 with _reading(file.name, "write the file again: it is damaged"):
                     groups = self._row_groups(opened, schema.field(event_time), window)
                 # Not a dataset's scan, which holds whole row groups: here a batch costs a few pages of each column.
@@ -135,7 +144,9 @@ class Parquet:
                         batch = next(batches, None)
                     if batch is None:
                         break
-                    yield _in_window(batch, window, event_time, file.name)
+                    if (frame := _in_window(batch, window, event_time, file.name)).height:
+                        columns = _check_columns(columns, schema.names, file.name)
+                        yield frame
 
     def _table(self, opened: Any, file: _File) -> pq.ParquetFile:
         import pyarrow.parquet as pq
@@ -156,9 +167,10 @@ class Parquet:
 class Csv:
     """Rows from CSV files with a header line, compressed or not; quoted fields may hold line breaks.
 
-    Each file is read twice: first for its types, over all of its rows, then for its rows. A column is the first that
-    all its values can be: int, float, bool (true and false), date, time (ISO 8601, all with an offset or all without),
-    else text.
+    Each file is read twice: first for its types, then for its rows. A column is the first that all its values in the
+    window can be: int, float, bool (true and false), date, time (ISO 8601, all with an offset or all without), else text.
+    Rows outside decide nothing: neither types nor columns. Only their times are looked at, since every file must be read
+    to learn what lies in it, and a time that cannot be read may be one of the window.
     """
 
     path: str
@@ -166,6 +178,8 @@ class Csv:
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     separator: str = ","
     null_values: tuple[str, ...] = ("", "NA")
+    known: Mapping[str, str] = field(default_factory=dict)
+    """The types that columns had in earlier readings: a day of whole numbers in a column of text is text."""
 
     def read(self, window: Window, event_time: str) -> Iterator[pl.DataFrame]:
         import pyarrow as pa
@@ -174,12 +188,18 @@ class Csv:
         for file in _files(self.path, self.folder, self.options):
             with _on_disk(file) as path:
                 names = self._header(path, file.name)
-                columns = _check_columns(columns, names, event_time, file.name)
-                types = self._types(path, names, file.name)
+                partitions.require_columns(names, (event_time,), file.name)
+                types = self._types(path, names, window, event_time, file.name)
+                if types is None:
+                    continue
+                columns = _check_columns(columns, names, file.name)
                 for batch in self._batches(path, names, file.name):
-                    _require_exact(batch, types, file.name)
-                    typed = [_cast(column, kind) for column, kind in zip(batch.columns, types, strict=True)]
-                    yield _in_window(pa.record_batch(typed, names=names), window, event_time, file.name)
+                    times = partitions.parse_times(_column(batch, event_time))
+                    rows = _rows(batch, times, window)
+                    if rows.num_rows:
+                        _require_exact(rows, types, file.name)
+                        typed = [_cast(column, kind) for column, kind in zip(rows.columns, types, strict=True)]
+                        yield _in_window(pa.record_batch(typed, names=names), window, event_time, file.name)
 
     def _header(self, path: Path, name: str) -> list[str]:
         with _reading(name, "save it as UTF-8, whole"), path.open(encoding="utf-8-sig", newline="") as file:
@@ -193,15 +213,29 @@ class Csv:
             )
         return names
 
-    def _types(self, path: Path, names: list[str], name: str) -> list[pa.DataType]:
-        """The type of each column over the whole file; null for a column without values."""
+    def _types(
+        self, path: Path, names: list[str], window: Window, event_time: str, name: str
+    ) -> list[pa.DataType] | None:
+        """The type of each column over the file's rows of the window, null without values; None where there is no row."""
         import pyarrow as pa
 
         types = [pa.null()] * len(names)
+        rows, strange, example = 0, 0, None
         for batch in self._batches(path, names, name):
-            types = [_both(kind, _type_of(column)) for kind, column in zip(types, batch.columns, strict=True)]
+            text = _column(batch, event_time)
+            times = partitions.parse_times(text)
+            odd = text.filter(times.is_null() & text.is_not_null())
+            strange, example = strange + len(odd), example or (odd[0] if len(odd) else None)
+            within = _rows(batch, times, window)
+            rows += within.num_rows
+            types = [_both(kind, _type_of(column)) for kind, column in zip(types, within.columns, strict=True)]
         _require_closed_quotes(path, self.separator, name)
-        return types
+        if strange:
+            raise partitions.no_times(name, event_time, strange, example)
+        if not rows:
+            return None
+        types[names.index(event_time)] = pa.string()
+        return [_as_known(kind, self.known.get(column)) for column, kind in zip(names, types, strict=True)]
 
     def _batches(self, path: Path, names: list[str], name: str) -> Iterator[pa.RecordBatch]:
         """The file's rows, all as text, nulls as such."""
@@ -257,7 +291,8 @@ class Sql:
                     batch = next(batches, None)
                 if batch is None:
                     return
-                yield _in_window(_typed(batch, names, name), window, event_time, name)
+                if (frame := _in_window(_typed(batch, names, name), window, event_time, name)).height:
+                    yield frame
 
     def _rows(self, connection: sa.Connection, name: str, event_time: str) -> tuple[sa.Select[Any], Any]:
         """A statement for all rows, and the event time as the database has it."""
@@ -789,11 +824,23 @@ def _is_passing(error: BaseException, status: int | None) -> bool:
 # Rows.
 
 
-def _check_columns(columns: list[str], found: list[str], event_time: str, name: str) -> list[str]:
-    """The columns every file must have: those of the first one, event time among them."""
-    partitions.require_columns(found, (event_time,), name)
-    partitions.same_columns(columns or found, found, name)
-    return columns or found
+def _check_columns(columns: list[str], names: list[str], name: str) -> list[str]:
+    """The columns that every file with rows of the window must have: those of the first such file."""
+    partitions.same_columns(columns or names, names, name)
+    return columns or names
+
+
+def _column(batch: pa.RecordBatch, name: str) -> pl.Series:
+    import polars as pl
+
+    column = pl.from_arrow(batch.column(name))
+    assert isinstance(column, pl.Series)
+    return column.alias(name)
+
+
+def _rows(batch: pa.RecordBatch, times: pl.Series, window: Window) -> pa.RecordBatch:
+    """The batch's rows of the window, and those without a time."""
+    return batch.filter((times.is_null() | ((times >= window.start) & (times < window.end))).to_arrow())
 
 
 def _in_window(batch: pa.RecordBatch, window: Window, event_time: str, name: str) -> pl.DataFrame:
@@ -849,6 +896,17 @@ def _both(left: pa.DataType, right: pa.DataType) -> pa.DataType:
         if {left, right} == {wide, narrow}:
             return wide
     return pa.string()
+
+
+def _as_known(kind: pa.DataType, known: str | None) -> pa.DataType:
+    """The type of a column that had a type before: the known one, where it holds these values as well."""
+    import pyarrow as pa
+
+    if pa.types.is_null(kind) or known == "string":
+        return pa.string() if known == "string" else kind
+    if known == "float" and pa.types.is_integer(kind):
+        return pa.float64()
+    return pa.timestamp("us") if known == "datetime" and pa.types.is_date(kind) else kind
 
 
 def _fits(column: pa.Array, kind: pa.DataType) -> bool:

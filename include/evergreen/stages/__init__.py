@@ -20,7 +20,7 @@ from evergreen.errors import StageError
 from evergreen.evaluation import gate
 from evergreen.evaluation.report import description
 from evergreen.keys import code_hash, note, perform, recorded
-from evergreen.pack import GateRules, Pack
+from evergreen.pack import CsvSource, GateRules, Pack
 from evergreen.registry import approval, ledger, lineage, promotion
 from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
@@ -83,7 +83,9 @@ def ingest(run: Run) -> Ingested:
         if until < run.as_of:
             # The source ends before as-of: the windows end where it ends, so they reach further back.
             windows = Windows.ending(until, pack.data)
-            manifest, late_before, unchanged = reading.observe(run, store, manifest, windows.whole)
+            # A CSV declares no types. Its columns take those of the whole window, which is therefore read at once.
+            before = known if isinstance(pack.source, CsvSource) else manifest
+            manifest, late_before, unchanged = reading.observe(run, store, before, windows.whole)
             late = tuple(sorted({*late, *late_before}))
             note_text = f"the data ends at {until:%Y-%m-%d %H:%M}, before as-of {run.as_of:%Y-%m-%d %H:%M}"
         reading.require_rows(run, manifest, windows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -134,7 +134,7 @@ def observe(
     with work_folder(run) as folder:
         for index, part in enumerate(to_read):
             out = folder / f"partitions-{index}"
-            with closing(frames(run, part)) as rows:
+            with closing(frames(run, part, known.columns if known else {})) as rows:
                 read = partitions.write(
                     rows,
                     window=part,
@@ -177,11 +177,12 @@ def _rounded_from_now_on(
     return rounded
 
 
-def frames(run: Run, window: Window) -> Generator[pl.DataFrame, None, None]:
-    """The source's rows within `window`; a Python source is read by a job of its own."""
+def frames(run: Run, window: Window, known: Mapping[str, str]) -> Generator[pl.DataFrame, None, None]:
+    """The source's rows within `window`; a Python source is read by a job of its own. `known`: types of earlier readings."""
     pack = run.pack
     if not isinstance(pack.source, PythonSource):
-        yield from sources.open_source(pack.source, pack.folder, run.connect).read(window, pack.data.event_time)
+        source = sources.open_source(pack.source, pack.folder, run.connect, known)
+        yield from source.read(window, pack.data.event_time)
         return
     job_id = job_id_of(run, "read", {"run": run.id, "window": window.model_dump(mode="json"), "code": pack.code_hash})
     spec = job_spec(run, "read", job_id, call=pack.source.call, window=window)

@@ -77,6 +77,52 @@ def test_digits_that_float_holds_are_kept(tmp_path):
     assert column(tmp_path, str(2**54), "0.5").to_list() == [2.0**54, 0.5]
 
 
+OUTSIDE = "2012-12-31,n/a\n2013-02-01,none\n2013-03-01,1e999\n"
+
+
+@pytest.mark.parametrize("block", [100, 8 * 2**20])
+def test_values_outside_of_the_window_change_no_type(block, tmp_path, monkeypatch):
+    """Text in last year's rows does not make text of this month's numbers, whichever rows share a block."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+    inside = "".join(f"2013-01-{day:02},{day}\n" for day in range(1, 32))
+    (tmp_path / "a.csv").write_text("t,x\n" + OUTSIDE + inside + OUTSIDE)
+    frame = read_csv(tmp_path)
+    assert (frame["x"].dtype, frame["x"].to_list()) == (pl.Int64, list(range(1, 32)))
+
+
+@pytest.mark.parametrize(
+    ("known", "values", "expected"),
+    [
+        ("string", ["12", "013"], ["12", "013"]),
+        ("string", ["true", ""], ["true", None]),
+        ("float", ["12"], [12.0]),
+        ("datetime", ["2013-04-01"], [datetime(2013, 4, 1)]),  # noqa: DTZ001
+        ("int", ["1.5"], [1.5]),
+        ("null", ["1"], [1]),
+        ("bool", ["x"], ["x"]),
+    ],
+)
+def test_a_csv_column_keeps_the_type_it_had(known, values, expected, tmp_path):
+    """A day of numbers in a column of text is text; what the known type cannot hold has a type of its own."""
+    (tmp_path / "a.csv").write_text("\n".join(["t,x", *(f"2013-01-02,{value}" for value in values), ""]))
+    source = sources.open_source(
+        pack.CsvSource(kind="csv", path="a.csv"), tmp_path, known={"t": "datetime", "x": known}
+    )
+    column = pl.concat(source.read(MONTH, "t"))["x"]
+    assert (column.to_list(), [type(value) for value in column]) == (expected, [type(value) for value in expected])
+
+
+def test_csv_times_may_be_written_in_several_ways(tmp_path):
+    """With an offset and without, by the second and by the day; the count of those that are no times is whole."""
+    times = ["2013-01-02T01:00:00+02:00", "2013-01-02 01:00", "2013-01-02", "2013-01-02T01:00:00.5Z"]
+    (tmp_path / "a.csv").write_text("\n".join(["t,x", *(f"{time},1" for time in times), ""]))
+    hours = [time.isoformat()[5:16] for time in read_csv(tmp_path)["t"]]
+    assert hours == ["01-01T23:00", "01-02T01:00", "01-02T00:00", "01-02T01:00"]
+    (tmp_path / "a.csv").write_text("\n".join(["t,x", *(f"{time},1" for time in [*times, "soon", "1357084800"]), ""]))
+    with pytest.raises(SourceError, match="'t' holds no time in 2 rows, 'soon' for one"):
+        read_csv(tmp_path)
+
+
 def test_a_csv_time_with_an_offset_is_utc(tmp_path):
     """An event time with an offset is turned to UTC."""
     (tmp_path / "a.csv").write_text("t,x\n2013-01-02T01:00:00+02:00,1\n")
