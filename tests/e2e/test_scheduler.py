@@ -207,6 +207,8 @@ def story(tmp_path_factory):
     try:
         told["up"] = home.evergreen("up", "--json")
         told["up again"] = home.evergreen("up", "--json")
+        upload = f"{told['up']['mlflow']}/api/2.0/mlflow-artifacts/artifacts/planted.txt"
+        told["upload"] = httpx.put(upload, content=b"planted", timeout=60).status_code
         told["listening"] = home.listening()
         told["waits"] = killed_while_training(home, go)
         told["shown"] = read_through_the_api(home, told["waits"]["runs"][0]["run_id"])
@@ -296,6 +298,12 @@ def test_up_gives_the_addresses_of_airflow_and_mlflow(story):
     """And a second `up` finds them running."""
     assert sorted(story["up"]) == ["airflow", "mlflow"]
     assert story["up again"] == story["up"]
+
+
+def test_mlflow_takes_no_uploads(story):
+    """The MLflow UI shows artifacts; nobody can put files anywhere through it."""
+    assert story["upload"] >= 400
+    assert not Path("mlartifacts").exists()
 
 
 def test_everything_listens_on_loopback_only(story):

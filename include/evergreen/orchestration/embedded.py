@@ -289,6 +289,7 @@ def _services(settings: Settings, env: Mapping[str, str]) -> dict[str, Service]:
             *(python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"),
             *("--backend-store-uri", settings.mlflow_tracking_uri),
             *("--default-artifact-root", settings.mlflow_artifacts),
+            "--no-serve-artifacts",  # else anybody on loopback may put files into the folder it was started in
         ]
         found["mlflow"] = Service({"mlflow": mlflow}, int(port), "/health")
     return found
