@@ -114,7 +114,8 @@ def judged(rules: GateRules, differences: tuple[Difference, ...]) -> str:
 
 
 def overall(truth: np.ndarray, challenger: np.ndarray, champion: np.ndarray, day: np.ndarray) -> Difference:
-    estimate = significance.difference("binary", "roc_auc", truth, challenger, champion, clusters=day, confidence=0.95)
+    new, old = (Rows.of("binary", truth, predicted, day) for predicted in (challenger, champion))
+    estimate = significance.paired(new, old, "roc_auc", 0.95)
     return Difference(metric="roc_auc", rows=len(truth), estimate=estimate)
 
 
@@ -141,9 +142,8 @@ def slice_trials(pairs: int, days: int, *, planted: bool, seed: int = 20240402) 
         group = np.array([f"{place:02}" for place in range(SLICES)])[rng.integers(0, SLICES, days * 4 * A_DAY)]
         loss = np.where(group == "00", PLANTED, 0.0) if planted else 0.0
         truth, challenger, champion, day = pair(rng, days, loss, a_day=4 * A_DAY)
-        found = slices.differences(
-            rules, "binary", truth, challenger, champion, clusters=day, columns={"group": group}, confidence=0.95
-        )
+        new, old = (Rows.of("binary", truth, predicted, day) for predicted in (challenger, champion))
+        found = slices.differences(rules, new, old, columns={"group": group}, confidence=0.95)
         everywhere = overall(truth, challenger, champion, day)
         rejected += judged(rules, (everywhere, *found)) == "reject"
         alone += any(each.estimate.high is not None and each.estimate.high < -margin for each in found)
@@ -156,8 +156,8 @@ def within(level: float, trials: int) -> float:
     return level + 3 * math.sqrt(level * (1 - level) / trials)
 
 
-def retrained(seeds: int) -> Iterator[tuple[GateRules, HeldOut, np.ndarray]]:
-    """The pack's rules, its hold-out rows and a model's predictions for them: model after model, the seed alone differs."""
+def retrained(seeds: int) -> Iterator[tuple[GateRules, HeldOut, Rows]]:
+    """The pack's rules, its hold-out rows, and the rows as a model predicts them; models differ in the seed alone."""
     packs = Path(__file__).resolve().parents[1] / "include" / "packs"
     with tempfile.TemporaryDirectory(prefix="evergreen-gate-") as folder:
         settings = Settings.from_env({"EVERGREEN_HOME": folder, "EVERGREEN_PACKS": str(packs)})
@@ -171,12 +171,9 @@ def retrained(seeds: int) -> Iterator[tuple[GateRules, HeldOut, np.ndarray]]:
             trained = stages.train(run, snapshot)
             parts = manifest_of(store, snapshot.manifest).within(snapshot.windows.holdout)
             rows = scoring.holdout_rows(store, parts, [pack.data.target, *pack.gate.columns])
-            heldout = scoring.HeldOut.of(pack.gate, pack.data.task, pack.data.target, rows, None)
-            yield (
-                pack.gate,
-                heldout,
-                looks.score(run, store, parts, {"challenger": trained.model}, {})["challenger"].predicted,
-            )
+            heldout = scoring.HeldOut.of(pack.gate, pack.data.task, pack.data.target, rows)
+            scored = looks.score(run, store, parts, {"challenger": trained.model}, {})["challenger"]
+            yield pack.gate, heldout, heldout.rows(scored.predicted, trained.classes)
 
 
 def real(seeds: int) -> bool:

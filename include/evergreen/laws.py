@@ -107,7 +107,7 @@ def _is_valid(run: Run, found: dict[str, Any]) -> str:
 def _trains(run: Run, found: dict[str, Any]) -> str:
     found["rows"] = _sample(run, found["ingested"])
     result, found["model"] = _train(run, found["rows"], "first")
-    found["inputs"] = result.inputs
+    found["inputs"], found["classes"] = result.inputs, result.classes
     return f"{count(ROWS, 'row')} in {result.duration_s:.1f} s"
 
 
@@ -144,14 +144,13 @@ def _is_judged(run: Run, found: dict[str, Any]) -> str:
                 fix=nearest(by, holdout.columns),
             )
     truth = holdout[data.target].to_numpy()
-    classes = sorted(found["rows"]["train"][data.target].unique().to_list()) if data.task == "multiclass" else None
     produced = significance.intervals(
         data.task,
         truth,
         found["predicted"],
         np.arange(len(truth)),
         confidence=rules.primary.confidence,
-        classes=classes,
+        classes=found["classes"],
         metrics=rules.metrics(data.task),
     )
     return ", ".join(f"{name} {produced[name].value:.3f}" for name in sorted(rules.named))

@@ -23,6 +23,7 @@ from evergreen.monitoring.drift import PREDICTION, Drift, compare
 from evergreen.pack import Data, DriftRules
 from evergreen.registry.models import ModelVersion
 from evergreen.run import (
+    Class,
     Estimate,
     Importance,
     Manifest,
@@ -54,8 +55,8 @@ class Reference(Value):
     metric: str
     """The gate's primary metric, and its figure on the hold-out."""
     figure: Estimate
-    classes: tuple[Any, ...] | None
-    """Of a multiclass target, in the order of the predictions."""
+    classes: tuple[Class, ...] | None
+    """Of a multiclass model: its own, in the order of its predictions."""
     usual: tuple[Drift, ...]
     """Windows of the snapshot beside the whole of it, back to back, the newest first: how far they stray anyway."""
     importance: tuple[Importance, ...] = ()

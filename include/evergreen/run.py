@@ -47,6 +47,10 @@ def _plain(content: Any) -> Any:
     raise TypeError(f"{type(content).__name__} has no canonical JSON")
 
 
+Class = bool | int | float | str
+"""A class of a multiclass target. As JSON it keeps its type: 1, 1.0, true and "1" stay what they are."""
+
+
 class Window(Value):
     """The instants from `start` up to, not including, `end`."""
 
@@ -271,6 +275,8 @@ class Trained(Value):
     """Raw column → type, as the model takes them: bool, int, float, string, datetime, date."""
     requirements: tuple[str, ...]
     """Pinned distributions that the model folder needs, beside Python."""
+    classes: tuple[Class, ...] | None = None
+    """Of a multiclass model, in the order of its predictions; None for other targets, and in older events."""
     windows: Windows
     snapshot: str
     """The snapshot's tree hash."""
@@ -339,6 +345,8 @@ class Evaluation(Value):
     model: str
     """The model folder's hash."""
     version: int | None = None
+    classes: tuple[Class, ...] | None = None
+    """Of a multiclass model: its own, in the order of its predictions."""
     rows: int
     metrics: dict[str, Estimate] = {}
     slices: tuple[SliceEstimate, ...] = ()

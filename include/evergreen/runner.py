@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from evergreen.data.partitions import require_unrounded
 from evergreen.errors import EvaluationError, EvergreenError, PackError, SourceError, TrainingError, nearest
-from evergreen.run import Hardware, count
+from evergreen.run import Class, Hardware, count
 from evergreen.training import devices
 from evergreen.training.checkpoints import FolderCheckpoint, write_whole
 from evergreen.training.jobs import (
@@ -40,6 +40,7 @@ from evergreen.training.jobs import (
     JobResult,
     JobSpec,
     TrainingData,
+    classes_as_json,
     column_types,
     pinned,
     sizes,
@@ -134,11 +135,34 @@ def train(folder: Path, spec: JobSpec, device: str) -> dict[str, Any]:
         raise TrainingError(
             f"describe(inputs=…): the model takes {spec.target!r}, the target", fix="leave it out: no client knows it"
         )
-    requirements = job.requirements or (pinned("numpy"), pinned("pandas"))
+    described: dict[str, Any] = {
+        "task": spec.task,
+        "inputs": inputs,
+        "requirements": job.requirements or (pinned("numpy"), pinned("pandas")),
+    }
+    if (classes := _classes(folder / "input" / "train", job, spec)) is not None:
+        described["classes"] = classes
     check_model_folder(model, folder)
-    described = {"task": spec.task, "inputs": inputs, "requirements": requirements}
     (model / "model.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    return {"inputs": inputs, "requirements": requirements, "metrics": job.metrics}
+    return {**{name: value for name, value in described.items() if name != "task"}, "metrics": job.metrics}
+
+
+def _classes(rows: Path, job: Job, spec: JobSpec) -> tuple[Class, ...] | None:
+    """The classes that the function stated; else, of a multiclass target, the sorted values in the training window."""
+    import polars as pl
+
+    if spec.task != "multiclass":
+        if job.classes is not None:
+            raise TrainingError(
+                f"describe(classes=…): data.task is {spec.task}",
+                fix="leave it out: only a multiclass model has classes",
+            )
+        return None
+    if job.classes is not None:
+        return job.classes
+    files = [pl.read_parquet(file, columns=[spec.target]) for file in sorted(rows.glob("*.parquet"))]
+    values = pl.concat(files, how="vertical_relaxed")[spec.target].drop_nulls()
+    return classes_as_json((values.drop_nans() if values.dtype.is_float() else values).unique().sort().to_list())
 
 
 def check_model_folder(model: Path, job_folder: Path) -> None:
@@ -189,11 +213,13 @@ def score(folder: Path, spec: JobSpec) -> dict[str, Any]:
 
     started = time.monotonic()
     model = _import(folder / "input" / "model" / "loader.py").load(folder / "input" / "model")
+    classes = _stated_classes(folder / "input" / "model")
     frames = _frames(sorted((folder / "input" / "rows").glob("*.parquet")))
     first = next(frames)
     _leaves_as_it_is(model, first.head(64), spec)
     predicted = [
-        checked_predictions(model.predict(frame), len(frame), spec) for frame in itertools.chain([first], frames)
+        checked_predictions(model.predict(frame), len(frame), spec, classes)
+        for frame in itertools.chain([first], frames)
     ]
     values = np.concatenate(predicted)
     columns = (
@@ -283,8 +309,20 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def checked_predictions(predictions: Any, rows: int, spec: JobSpec) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Predictions as floats of shape (rows,), or (rows, k) for classes; EvaluationError where they are not."""
+def _stated_classes(model: Path) -> list[Class] | None:
+    """The classes that a model folder states; None of one that states none, as older ones do."""
+    file = model / "model.json"
+    stated: list[Class] | None = json.loads(file.read_bytes()).get("classes") if file.is_file() else None
+    return stated
+
+
+def checked_predictions(
+    predictions: Any, rows: int, spec: JobSpec, classes: Sequence[Class] | None = None
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Predictions as floats of shape (rows,), or (rows, k) for classes; EvaluationError where they are not.
+
+    `classes`: those of the model, where they are known: then k must be their number.
+    """
     import numpy as np
 
     values = np.asarray(predictions, dtype=np.float64)
@@ -299,6 +337,12 @@ def checked_predictions(predictions: Any, rows: int, spec: JobSpec) -> np.ndarra
         raise EvaluationError(
             f"the model of {spec.pack} returned predictions of shape {values.shape}",
             fix=f"make predict(frame) of its loader.py return shape {wanted}, as data.task {spec.task} asks for",
+        )
+    if classes is not None and values.shape[1] != len(classes):
+        raise EvaluationError(
+            f"the model of {spec.pack} returned {count(values.shape[1], 'column')}, and it has {len(classes)} classes",
+            fix="make predict(frame) of its loader.py return a probability for each of its classes, in their order; "
+            "job.describe(classes=…) states which they are",
         )
     wrong = ~np.isfinite(values)
     if spec.task != "regression":

@@ -10,6 +10,7 @@ Not here: intervals (`significance`), groups of rows (`slices`), what is good en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,8 +31,8 @@ BINS = 15
 def score(task: str, truth: Array, predicted: Array, classes: Sequence[Any] | None = None) -> dict[str, float]:
     """Every metric of `TASK_METRICS[task]` on the rows, in that order.
 
-    `truth` (n,): 0/1 or bool for binary, any of `classes` for multiclass, numbers for regression. `predicted`:
-    probability of 1 (n,), probabilities (n, k) in the order of `classes` (default: the sorted values of `truth`), or
+    `truth` (n,): 0/1 or bool for binary, classes for multiclass, numbers for regression. `predicted`: probability of 1
+    (n,), probabilities (n, k) in the order of `classes`, the model's own (default: the sorted values of `truth`), or
     values (n,). Raises EvaluationError where shapes or values are not these, or a metric is undefined on the rows.
     """
     rows = Rows.of(task, truth, predicted, np.zeros(len(truth), dtype=int), classes)
@@ -59,7 +60,7 @@ def metric_of(task: str, metric: str) -> Metric:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Checked rows: what is true, what was predicted, and the partition that each row lies in."""
+    """Checked rows: what is true, what one model predicted, and the partition that each row lies in."""
 
     task: str
     truth: Array
@@ -68,12 +69,18 @@ class Rows:
     """(n,) float, or (n, k)."""
     clusters: Array
     """(n,) int, 0 … partitions - 1, each of them there."""
+    classes: tuple[Any, ...] = ()
+    """Of multiclass rows, by column: the model's own classes, then those of the rows that it does not know."""
 
     @classmethod
     def of(
         cls, task: str, truth: Array, predicted: Array, clusters: Array, classes: Sequence[Any] | None = None
     ) -> Rows:
-        """Rows from what jobs and partitions gave (see `score`). Raises EvaluationError."""
+        """Rows from what jobs and partitions gave (see `score`). Raises EvaluationError.
+
+        `classes` are those of the model that predicted. A class of the rows that is not among them gets a column of
+        probability 0: the model is wrong on these rows, by every metric.
+        """
         if task not in METRICS:
             raise EvaluationError(f"{task!r} is not a kind of target", fix=nearest(task, METRICS))
         n = len(truth)
@@ -84,11 +91,14 @@ class Rows:
                 f"{len(predicted)} predictions and {len(clusters)} partition labels for {n} hold-out rows",
                 fix="the model's predict must return one prediction for each row, in the order of the rows",
             )
+        clusters = np.unique(clusters, return_inverse=True)[1]
         if task == "multiclass":
-            known = np.unique(truth) if classes is None else np.asarray(classes)
-            truth, predicted = _codes(truth, known), _probabilities(predicted, known)
-        else:
-            truth, predicted = _numbers("target", truth), _numbers("predictions", predicted)
+            own = np.unique(truth).tolist() if classes is None else classes
+            known = _probabilities(predicted, len(own))
+            truth, names = _codes(truth, own)
+            unknown = np.zeros((n, len(names) - len(own)))
+            return cls(task, truth, np.hstack((known, unknown)), clusters, names)
+        truth, predicted = _numbers("target", truth), _numbers("predictions", predicted)
         if task == "binary":
             if not np.isin(truth, (0.0, 1.0)).all():
                 found = ", ".join(f"{each:g}" for each in np.unique(truth)[:5])
@@ -98,17 +108,17 @@ class Rows:
                     f"predictions of a binary target reach from {predicted.min():g} to {predicted.max():g}",
                     fix="the model's predict must return the probability of 1",
                 )
-        return cls(task, truth, predicted, np.unique(clusters, return_inverse=True)[1])
+        return cls(task, truth, predicted, clusters)
 
     def within(self, chosen: Array) -> Rows:
         """The rows where `chosen` (n,) is true; partitions without one are gone."""
         clusters = np.unique(self.clusters[chosen], return_inverse=True)[1]
-        return Rows(self.task, self.truth[chosen], self.predicted[chosen], clusters)
+        return Rows(self.task, self.truth[chosen], self.predicted[chosen], clusters, self.classes)
 
     def apart(self, most: int) -> Rows:
         """The same rows, each a partition of its own; of more than `most`, as many runs of neighbours."""
         n = len(self.truth)
-        return Rows(self.task, self.truth, self.predicted, np.arange(n) * min(n, most) // n)
+        return Rows(self.task, self.truth, self.predicted, np.arange(n) * min(n, most) // n, self.classes)
 
     @cached_property
     def partitions(self) -> int:
@@ -346,13 +356,14 @@ def _numbers(what: str, values: Array) -> Array:
     return numbers
 
 
-def _probabilities(predicted: Array, classes: Array) -> Array:
-    """`predicted` as (n, k) float, rows summing to 1. Raises EvaluationError."""
+def _probabilities(predicted: Array, many: int) -> Array:
+    """`predicted` as (n, many) float, rows summing to 1. Raises EvaluationError."""
     predicted = np.asarray(predicted, dtype=float)
-    if predicted.ndim != 2 or predicted.shape[1] != len(classes):
+    if predicted.ndim != 2 or predicted.shape[1] != many:
         raise EvaluationError(
-            f"predictions have the shape {predicted.shape} for {len(classes)} classes",
-            fix="the model's predict must return one probability for each class, in sorted order of the classes",
+            f"predictions have the shape {predicted.shape}, and the model has {many} classes",
+            fix="the model's predict must return one probability for each of its classes, in their order; "
+            "job.describe(classes=…) states which they are",
         )
     _finite("predictions", predicted)
     if predicted.min() < 0 or np.abs(predicted.sum(axis=1) - 1).max() > 1e-3:
@@ -363,19 +374,19 @@ def _probabilities(predicted: Array, classes: Array) -> Array:
     return predicted
 
 
-def _codes(truth: Array, classes: Array) -> Array:
-    """(n,) the place of each true value in `classes`. Raises EvaluationError for one that is not there."""
-    order = np.argsort(classes)
-    truth = np.asarray(truth)
-    places: Array = order[np.searchsorted(classes, truth, sorter=order).clip(max=len(classes) - 1)]
-    strange = classes[places] != truth
-    if strange.any():
-        found = ", ".join(repr(each) for each in np.unique(truth[strange])[:5].tolist())
-        raise EvaluationError(
-            f"hold-out rows are of classes that the model does not know: {found}",
-            fix="widen data.train so that every class is learned, or quarantine the rows by an expectation",
-        )
-    return places
+def _codes(truth: Array, own: Sequence[Any]) -> tuple[Array, tuple[Any, ...]]:
+    """(n,) the place of each true value among the classes, and the classes: `own`, then those that are not among them.
+
+    Equal is what Python calls equal: 1, 1.0 and True are one class, and "1" is another. Raises EvaluationError for rows
+    without a class.
+    """
+    places = {name: place for place, name in enumerate(own)}
+    values = np.asarray(truth).tolist()
+    if empty := sum(value is None or (isinstance(value, float) and math.isnan(value)) for value in values):
+        raise EvaluationError(f"the target holds {empty} nulls", fix="leave the rows without a target out")
+    for name in sorted(set(values) - places.keys()):
+        places[name] = len(places)
+    return np.array([places[value] for value in values], dtype=int), tuple(places)
 
 
 def _finite(what: str, numbers: Array) -> None:

@@ -28,21 +28,14 @@ LABELLED = 20
 """Most classes whose names and counts still fit into a confusion matrix, and columns into a figure."""
 
 
-def draw(
-    task: str,
-    truth: Array,
-    predicted: Mapping[str, Array],
-    folder: Path,
-    classes: Sequence[Any] | None = None,
-) -> list[Path]:
+def draw(models: Mapping[str, Rows], folder: Path) -> list[Path]:
     """Draw the figures of a kind of target into `folder` (made if need be); the files, in order of the list below.
 
     binary: `roc.png`, `precision_recall.png`, `calibration.png`; multiclass: `confusion.png`; regression:
-    `predicted_and_true.png`. `predicted`: name for the legend → predictions as `metrics.score` takes them, challenger
-    first. Raises EvaluationError where `metrics.score` would.
+    `predicted_and_true.png`. `models`: name for the legend → the same rows as each model predicts them, challenger
+    first. Raises EvaluationError where a metric is undefined on them.
     """
-    none = np.zeros(len(truth), dtype=int)
-    models = {name: Rows.of(task, truth, each, none, classes) for name, each in predicted.items()}
+    task = next(iter(models.values())).task
     if task == "binary":
         figures = {
             "roc": _roc(models),
@@ -50,7 +43,7 @@ def draw(
             "calibration": _calibration(models),
         }
     elif task == "multiclass":
-        figures = {"confusion": _confusion(models, np.unique(truth) if classes is None else np.asarray(classes))}
+        figures = {"confusion": _confusion(models)}
     else:
         figures = {"predicted_and_true": _predicted_and_true(models)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +73,7 @@ def _roc(models: Mapping[str, Rows]) -> Figure:
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (4, 3)), label="chance  0.500")
     for colour, (name, rows) in zip(_colours(models), models.items(), strict=True):
         area = value(rows, "roc_auc")  # refuses rows of one class before they are divided by
-        tp, fp = (np.concatenate(([0.0], counts)) for counts in curve(rows, np.ones(1)))
+        tp, fp = (np.concatenate(([0.0], counts)) for counts in curve(rows, np.ones(rows.partitions)))
         x, y = _thinned(fp / fp[-1], tp / tp[-1])
         axes.plot(x, y, color=colour, linewidth=1.8, label=f"{name}  {area:.3f}")
     _square(axes, 1.0)
@@ -95,7 +88,7 @@ def _precision_recall(models: Mapping[str, Rows]) -> Figure:
     share = float(next(iter(models.values())).truth.mean())
     axes.axhline(share, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), label=f"chance  {share:.3f}")
     for colour, (name, rows) in zip(_colours(models), models.items(), strict=True):
-        tp, fp = curve(rows, np.ones(1))
+        tp, fp = curve(rows, np.ones(rows.partitions))
         # The first few rows alone make the line jump between 0 and 1; a hundredth of the positives says something.
         told = tp >= 0.01 * tp[-1]
         x, y = _thinned((tp / tp[-1])[told], (tp / (tp + fp))[told])
@@ -129,14 +122,36 @@ def _calibration(models: Mapping[str, Rows]) -> Figure:
     return figure
 
 
-def _confusion(models: Mapping[str, Rows], classes: Array) -> Figure:
+def confusion(models: Mapping[str, Rows]) -> dict[str, Array]:
+    """Of each model, (k, k) rows by true and by predicted class, in the order of `_together`."""
+    classes = _together(models)
+    k = len(classes)
+    cells = {}
+    for name, rows in models.items():
+        place = np.array([classes.index(each) for each in rows.classes])
+        true, chosen = place[rows.truth], place[rows.predicted.argmax(axis=1)]
+        cells[name] = np.bincount(true * k + chosen, minlength=k * k).reshape(k, k)
+    return cells
+
+
+def _together(models: Mapping[str, Rows]) -> list[Any]:
+    """The classes that any of the models knows, or the rows have; sorted where they have an order."""
+    classes = list(dict.fromkeys(each for rows in models.values() for each in rows.classes))
+    try:
+        return sorted(classes)
+    except TypeError:  # of a target that was numbers, and is text now
+        return classes
+
+
+def _confusion(models: Mapping[str, Rows]) -> Figure:
     from matplotlib.colors import LinearSegmentedColormap
 
+    classes, cells_of = _together(models), confusion(models)
     k = len(classes)
     shades = LinearSegmentedColormap.from_list("shares", ["#ffffff", COLOURS[0]])
     figure, panels = _panels(len(models), width=max(4.6, 0.42 * min(k, LABELLED) + 1.6))
     for axes, (name, rows) in zip(panels, models.items(), strict=True):
-        cells = np.bincount(rows.truth * k + rows.predicted.argmax(axis=1), minlength=k * k).reshape(k, k)
+        cells = cells_of[name]
         shares = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap=shades, vmin=0, vmax=1)
         _words(axes, f"{name}: accuracy {value(rows, 'accuracy'):.3f}", "predicted class", "true class")

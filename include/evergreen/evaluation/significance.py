@@ -72,28 +72,6 @@ def intervals(
     return {metric: estimate(rows, metric, confidence, independent) for metric in metrics or METRICS[task]}
 
 
-def difference(
-    task: str,
-    metric: str,
-    truth: Array,
-    challenger: Array,
-    champion: Array,
-    *,
-    clusters: Array,
-    confidence: float,
-    classes: Sequence[Any] | None = None,
-    independent: bool = False,
-) -> Estimate:
-    """Challenger minus champion, paired: both are taken without the same partition, so what days share cancels."""
-    return paired(
-        Rows.of(task, truth, challenger, clusters, classes),
-        Rows.of(task, truth, champion, clusters, classes),
-        metric,
-        confidence,
-        independent,
-    )
-
-
 def estimate(rows: Rows, metric: str, confidence: float, independent: bool = False) -> Estimate:
     """The metric on `rows` with its interval, kept within the values the metric can take."""
     limits = metric_of(rows.task, metric)
@@ -107,7 +85,10 @@ def estimate(rows: Rows, metric: str, confidence: float, independent: bool = Fal
 
 
 def paired(challenger: Rows, champion: Rows, metric: str, confidence: float, independent: bool = False) -> Estimate:
-    """Challenger minus champion on the same rows, with its interval: DeLong's where `independent`, if it is of ROC-AUC."""
+    """Challenger minus champion on the same rows, with its interval: DeLong's where `independent`, if it is of ROC-AUC.
+
+    Paired: both are taken without the same partition, so what days share cancels. Each has its own classes.
+    """
     whole = value(challenger, metric) - value(champion, metric)
     if independent and metric == "roc_auc":
         return _delong(whole, challenger, champion, confidence)

@@ -6,8 +6,7 @@ of None: not judged, and said so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -20,24 +19,16 @@ from evergreen.run import Difference, SliceEstimate
 
 def estimates(
     rules: GateRules,
-    task: str,
-    truth: Array,
-    predicted: Array,
-    clusters: Array,
+    rows: Rows,
     *,
     columns: Mapping[str, Array],
     confidence: float,
-    classes: Sequence[Any] | None = None,
     independent: bool = False,
 ) -> tuple[SliceEstimate, ...]:
     """Each slice rule's metric in each group of its column, in order of the rules, then of the groups.
 
-    `columns`: slice column → (n,) group of each row. The rest is as `significance.intervals` takes it. Raises
-    EvaluationError for a column that is not there, and where `metrics.score` would for shapes and values.
+    `columns`: slice column → (n,) group of each row. Raises EvaluationError for a column that is not there.
     """
-    if not rules.slices:
-        return ()
-    rows = Rows.of(task, truth, predicted, clusters, classes)
     return tuple(
         SliceEstimate(
             by=rule.by,
@@ -55,33 +46,28 @@ def estimates(
 
 def differences(
     rules: GateRules,
-    task: str,
-    truth: Array,
-    challenger: Array,
-    champion: Array,
+    challenger: Rows,
+    champion: Rows,
     *,
-    clusters: Array,
     columns: Mapping[str, Array],
     confidence: float,
-    classes: Sequence[Any] | None = None,
     independent: bool = False,
 ) -> tuple[Difference, ...]:
-    """Challenger minus champion in each group that `estimates` judges; the others are named there, with None."""
-    if not rules.slices:
-        return ()
-    new = Rows.of(task, truth, challenger, clusters, classes)
-    old = Rows.of(task, truth, champion, clusters, classes)
+    """Challenger minus champion in each group that `estimates` judges; the others are named there, with None.
+
+    Both are of the same rows; each has its own classes.
+    """
     return tuple(
         Difference(
             metric=rule.metric,
             by=rule.by,
             group=group,
             rows=int(chosen.sum()),
-            estimate=paired(new.within(chosen), old.within(chosen), rule.metric, confidence, independent),
+            estimate=paired(challenger.within(chosen), champion.within(chosen), rule.metric, confidence, independent),
         )
         for rule in rules.slices
         for group, chosen in _groups(columns, rule.by)
-        if _judged(new, rule, chosen)
+        if _judged(challenger, rule, chosen)
     )
 
 

@@ -238,6 +238,7 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
             task=pack.data.task,
             inputs=result.inputs,
             requirements=result.requirements,
+            classes=result.classes,
             windows=snapshot.windows,
             snapshot=snapshot.hash,
             params=pack.training.params,
@@ -283,14 +284,16 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
         models = {"challenger": trained.model}
         if champion is not None and withheld is None:
             models["champion"] = looks.model_of(champion)
-        classes = scoring.classes_of(run, store, snapshot)
+        classes = {"challenger": _classes(run, store, snapshot, trained)}
+        if champion is not None and "champion" in models:
+            classes["champion"] = scoring.classes_of(run, store, registry, champion)
         sample = looks.sample(
             run,
             store,
             parts,
             trained.inputs,
             metric=pack.gate.primary.metric,
-            classes=classes,
+            classes=classes["challenger"],
             budget_s=looks.IMPORTANCE_S,
         )
         with work_folder(run) as folder:
@@ -380,7 +383,7 @@ def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Traine
                 curve=_curve(store, trained.curve),
                 artifacts={
                     **_artifacts(store, pack, validated, snapshot, evaluated, trained, folder / "artifacts"),
-                    **_reference(run, store, snapshot, evaluated, folder),
+                    **_reference(run, store, snapshot, trained, evaluated, folder),
                 },
                 input_example=_example(store, snapshot, trained),
                 tags={"evergreen.owner": pack.owner},
@@ -606,7 +609,15 @@ def _artifacts(
     return files
 
 
-def _reference(run: Run, store: Store, snapshot: Snapshot, evaluated: Evaluated, folder: Path) -> dict[str, Path]:
+def _classes(run: Run, store: Store, snapshot: Snapshot, trained: Trained) -> scoring.Classes:
+    """The challenger's classes."""
+    data = run.pack.data
+    return trained.classes or scoring.classes_in(store, snapshot, data.task, data.target)
+
+
+def _reference(
+    run: Run, store: Store, snapshot: Snapshot, trained: Trained, evaluated: Evaluated, folder: Path
+) -> dict[str, Path]:
     """What the monitor will compare with: the profile of the rows, and of the predictions for the hold-out's."""
     scored = evaluated.challenger
     assert scored.predictions is not None, "a challenger is never withheld"
@@ -621,7 +632,7 @@ def _reference(run: Run, store: Store, snapshot: Snapshot, evaluated: Evaluated,
         figure=scored.metrics[evaluated.primary],
         importance=evaluated.importance,
         importance_note=evaluated.importance_note,
-        classes=scoring.classes_of(run, store, snapshot),
+        classes=_classes(run, store, snapshot, trained),
     )
     (folder / looks.PROFILE).write_bytes(profile.to_bytes())
     (folder / looks.REFERENCE).write_text(about.model_dump_json(), encoding="utf-8")

@@ -28,6 +28,8 @@ from evergreen.work import manifest_of
 if TYPE_CHECKING:
     import polars as pl
 
+    from evergreen.evaluation.metrics import Rows
+
 CLOSE = 1e-9
 """Another machine may add up the same numbers in another order."""
 
@@ -67,13 +69,19 @@ def rejudge(settings: Settings, event: Event) -> Rejudged:
     task, target = (found["train"]["parts"]["parameters"][name] for name in ("task", "target"))
     holdout = manifest_of(store, snapshot.manifest).within(snapshot.windows.holdout)
     rows = scoring.holdout_rows(store, holdout, [target, *rules.columns])
-    heldout = scoring.HeldOut.of(rules, task, target, rows, scoring.classes_in(store, snapshot, task, target))
-    predicted = {name: predictions_in(store.path(_predictions(model))) for name, model in models.items()}
+    heldout = scoring.HeldOut.of(rules, task, target, rows)
+
+    def judged(model: Evaluation) -> Rows:
+        """The rows as the model predicted them. Both were read by the challenger's classes before they kept their own."""
+        classes = model.classes or scoring.classes_in(store, snapshot, task, target)
+        return heldout.rows(predictions_in(store.path(_predictions(model))), classes)
+
+    rows_of = {name: judged(model) for name, model in models.items()}
     again: dict[str, Any] = {
-        name: model.model_copy(update=heldout.figures(predicted[name])) for name, model in models.items()
+        name: model.model_copy(update=heldout.figures(rows_of[name])) for name, model in models.items()
     }
     if len(models) == 2:
-        again["differences"] = heldout.differences(predicted["challenger"], predicted["champion"])
+        again["differences"] = heldout.differences(rows_of["challenger"], rows_of["champion"])
     evaluated = recorded.model_copy(update=again)
     wrong += [
         f"{place}, made again from the predictions, is not what was written"
@@ -104,7 +112,8 @@ def inputs_of(snapshot: Snapshot, evaluated: Evaluated) -> dict[str, Any]:
         "manifest": lies(snapshot.manifest),
         "holdout": evaluated.holdout.model_dump(mode="json"),
         **{
-            name: model.model_dump(include={"version", "model", "withheld"}) | {"predictions": lies(model.predictions)}
+            name: model.model_dump(include={"version", "model", "classes", "withheld"})
+            | {"predictions": lies(model.predictions)}
             if model is not None
             else None
             for name, model in models.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,10 @@ from evergreen import database as db
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError
 from evergreen.pack import GateRules
-from evergreen.registry import promotion
+from evergreen.registry import ledger, promotion
 from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
+    Class,
     Difference,
     Evaluated,
     Evaluation,
@@ -34,6 +35,11 @@ from evergreen.work import manifest_of
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
+
+    from evergreen.evaluation import metrics
+
+Classes = tuple[Class, ...] | None
+"""Of a multiclass model, in the order of its predictions; None for other targets."""
 
 
 def incumbent(run: Run, registry: Registry, model: Ref) -> ModelVersion | None:
@@ -84,20 +90,36 @@ def holdout_rows(
     return [(part, columns.read(store.path(part.object), wanted)) for part in parts]
 
 
-def classes_of(run: Run, store: Store, snapshot: Snapshot) -> list[Any] | None:
-    """The classes of a multiclass target, sorted: those of the training window, in the order of the predictions."""
-    return classes_in(store, snapshot, run.pack.data.task, run.pack.data.target)
+def classes_in(store: Store, snapshot: Snapshot, task: str, target: str) -> Classes:
+    """The classes of a multiclass model that states none, made from this snapshot by an older Evergreen.
 
-
-def classes_in(store: Store, snapshot: Snapshot, task: str, target: str) -> list[Any] | None:
-    """The same, for a target that no pack at hand speaks of."""
+    They are the sorted values of the target in the training window.
+    """
     import polars as pl
 
     if task != "multiclass":
         return None
     parts = manifest_of(store, snapshot.manifest).within(snapshot.windows.train)
     seen = pl.concat([columns.read(store.path(part.object), [target]) for part in parts])
-    return sorted(seen[target].unique().to_list())
+    return tuple(sorted(seen[target].unique().to_list()))
+
+
+def classes_of(run: Run, store: Store, registry: Registry, champion: ModelVersion) -> Classes:
+    """The champion's own classes, in the order of its predictions; None where the target has none.
+
+    Its model folder states them. An older one does not: then what was registered with it says, or its snapshot.
+    """
+    task = run.pack.data.task
+    if task != "multiclass":
+        return None
+    described = store.read_json(store.listing(looks.model_of(champion))["model.json"])
+    if "classes" in described:
+        return tuple(described["classes"])
+    about = registry.artifact(champion.name, champion.version, looks.REFERENCE)
+    if about is not None:
+        return looks.Reference.model_validate_json(about).classes
+    _, made_by = ledger.registered(db.connect(run.settings.database_url), champion.name, champion.version)
+    return classes_in(store, Snapshot.model_validate(made_by["snapshot"]), task, run.pack.data.target)
 
 
 def compare(
@@ -108,22 +130,27 @@ def compare(
     champion: ModelVersion | None,
     trained: Trained,
     withheld: str | None,
-    classes: list[Any] | None,
+    classes: Mapping[str, Classes],
     folder: Path,
 ) -> Evaluated:
-    """Figures, slices and differences from predictions that are there already."""
+    """Figures, slices and differences from predictions that are there already.
+
+    `classes`: model → its own, in the order of its predictions.
+    """
     from evergreen.evaluation import plots  # numpy: every parse of a DAG would pay for it
 
     pack = run.pack
-    heldout = HeldOut.of(pack.gate, pack.data.task, pack.data.target, rows, classes)
+    heldout = HeldOut.of(pack.gate, pack.data.task, pack.data.target, rows)
+    judged = {name: heldout.rows(of_it.predicted, classes[name]) for name, of_it in scored.items()}
 
     def evaluation(name: str, model: str, version: int | None, size: int) -> Evaluation:
         of_it = scored[name]
         return Evaluation(
             model=model,
             version=version,
+            classes=classes[name],
             rows=len(heldout.truth),
-            **heldout.figures(of_it.predicted),
+            **heldout.figures(judged[name]),
             latency_p95_ms=of_it.result.metrics.get("latency_p95_ms"),
             size_bytes=size,
             predictions=of_it.predictions,
@@ -144,17 +171,11 @@ def compare(
         model = looks.model_of(champion)
         size = sum(ref.size for ref in store.listing(model).values())
         incumbent = evaluation("champion", model.hash, champion.version, size)
-        differences = heldout.differences(scored["challenger"].predicted, scored["champion"].predicted)
+        differences = heldout.differences(judged["challenger"], judged["champion"])
     drawn = folder / "plots"
     drawn.mkdir()
     titles = {"challenger": "challenger", "champion": f"champion, version {champion.version}" if champion else ""}
-    plots.draw(
-        pack.data.task,
-        heldout.truth,
-        {titles[name]: each.predicted for name, each in scored.items()},
-        drawn,
-        classes=classes,
-    )
+    plots.draw({titles[name]: each for name, each in judged.items()}, drawn)
     importance, note = next(iter(scored["challenger"].importance), looks.Measured((), None))
     if importance:
         plots.draw_importance(importance, pack.gate.primary.metric, drawn)
@@ -180,9 +201,8 @@ class HeldOut:
     rules: GateRules
     task: str
     truth: np.ndarray
+    clusters: np.ndarray
     columns: dict[str, np.ndarray]
-    how: dict[str, Any]
-    """What every figure is reckoned with: clusters, classes, confidence, independent."""
 
     @classmethod
     def of(
@@ -191,47 +211,51 @@ class HeldOut:
         task: str,
         target: str,
         rows: list[tuple[PartitionFile, pl.DataFrame]],
-        classes: list[Any] | None,
     ) -> HeldOut:
         """From the columns that `holdout_rows` reads."""
         import numpy as np
         import polars as pl
 
         table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
-        how: dict[str, Any] = {
-            "clusters": np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows]),
-            "classes": classes,
-            "confidence": rules.primary.confidence,
-            "independent": rules.primary.independent,
-        }
+        clusters = np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows])
         groups = {by: table[by].cast(pl.String).fill_null("(missing)").to_numpy() for by in rules.columns}
-        return cls(rules, task, table[target].to_numpy(), groups, how)
+        return cls(rules, task, table[target].to_numpy(), clusters, groups)
 
-    def figures(self, predicted: np.ndarray) -> dict[str, Any]:
-        """What an Evaluation says of these predictions: metrics, slices and gaps."""
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"confidence": self.rules.primary.confidence, "independent": self.rules.primary.independent}
+
+    def rows(self, predicted: np.ndarray, classes: Classes) -> metrics.Rows:
+        """The rows as a model of these `classes` predicts them. Raises EvaluationError."""
+        from evergreen.evaluation import metrics
+
+        return metrics.Rows.of(self.task, self.truth, predicted, self.clusters, classes)
+
+    def figures(self, rows: metrics.Rows) -> dict[str, Any]:
+        """What an Evaluation says of a model's rows: metrics, slices and gaps."""
         from evergreen.evaluation import fairness, significance, slices
 
-        wanted = self.rules.metrics(self.task)
         return {
-            "metrics": significance.intervals(self.task, self.truth, predicted, metrics=wanted, **self.how),
-            "slices": slices.estimates(self.rules, self.task, self.truth, predicted, columns=self.columns, **self.how),
-            "gaps": fairness.gaps(self.rules, self.truth, predicted, columns=self.columns),
+            "metrics": {
+                metric: significance.estimate(rows, metric, **self._how) for metric in self.rules.metrics(self.task)
+            },
+            "slices": slices.estimates(self.rules, rows, columns=self.columns, **self._how),
+            "gaps": fairness.gaps(self.rules, rows.truth, rows.predicted, columns=self.columns),
         }
 
-    def differences(self, challenger: np.ndarray, champion: np.ndarray) -> tuple[Difference, ...]:
+    def differences(self, challenger: metrics.Rows, champion: metrics.Rows) -> tuple[Difference, ...]:
         """Challenger minus champion, overall and in each group that is judged."""
         from evergreen.evaluation import significance, slices
 
-        models = (self.truth, challenger, champion)
         overall = (
             Difference(
                 metric=metric,
                 rows=len(self.truth),
-                estimate=significance.difference(self.task, metric, *models, **self.how),
+                estimate=significance.paired(challenger, champion, metric, **self._how),
             )
             for metric in self.rules.metrics(self.task)
         )
-        return (*overall, *slices.differences(self.rules, self.task, *models, columns=self.columns, **self.how))
+        return (*overall, *slices.differences(self.rules, challenger, champion, columns=self.columns, **self._how))
 
 
 def predict(settings: Settings, version: ModelVersion, file: Path) -> pl.DataFrame:

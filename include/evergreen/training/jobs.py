@@ -40,7 +40,7 @@ from pydantic import Field
 
 from evergreen import errors
 from evergreen.errors import EvaluationError, EvergreenError, JobError, SourceError, TrainingError, nearest
-from evergreen.run import Hardware, Value, Window
+from evergreen.run import Class, Hardware, Value, Window
 from evergreen.settings import Settings
 from evergreen.training.checkpoints import write_whole
 from evergreen.training.runtimes import Runtime, docker, process
@@ -117,6 +117,8 @@ class JobResult(Value):
     """`train`: raw column → type."""
     requirements: tuple[str, ...] = ()
     """`train`: pinned distributions of the model folder."""
+    classes: tuple[Class, ...] | None = None
+    """`train`: of a multiclass model, in the order of its predictions."""
     metrics: dict[str, float] = Field(default_factory=dict)
     """`train`: as last reported; `score`: rows, latency_p50_ms, latency_p95_ms; `read`: rows, frames."""
     notes: dict[str, str] = Field(default_factory=dict)
@@ -472,6 +474,7 @@ class Job:
     folder: Path
     inputs: dict[str, str] | None = field(default=None, init=False)
     requirements: tuple[str, ...] | None = field(default=None, init=False)
+    classes: tuple[Class, ...] | None = field(default=None, init=False)
     metrics: dict[str, float] = field(default_factory=dict, init=False)
     """What was reported last."""
     _written: tuple[int, float] | None = field(default=None, init=False, repr=False)
@@ -500,11 +503,15 @@ class Job:
         with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def describe(self, *, inputs: Sequence[str], requirements: Sequence[str]) -> None:
-        """Say which raw columns the model takes and which distributions its `loader.py` imports.
+    def describe(
+        self, *, inputs: Sequence[str], requirements: Sequence[str], classes: Sequence[Any] | None = None
+    ) -> None:
+        """State the raw columns that the model takes, the distributions that its `loader.py` imports, and its classes.
 
-        Without this call: all columns but the target, and numpy and pandas. Types are taken from the training rows,
-        versions from what is installed. Raises TrainingError for a column or a distribution that is not there.
+        `classes`: of a multiclass model, one for each column of its predictions, in their order. Without this call: all
+        columns but the target, numpy and pandas, and the sorted values of the target in the training window. Types are
+        taken from the training rows, versions from what is installed. Raises TrainingError for a column or a
+        distribution that is not there, and for classes that are not distinct bools, numbers or texts.
         """
         types = column_types(self.folder / "input" / "train")
         for name in inputs:
@@ -512,6 +519,25 @@ class Job:
                 raise TrainingError(f"describe(inputs=…): the data has no column {name!r}", fix=nearest(name, types))
         self.inputs = {name: types[name] for name in inputs}
         self.requirements = tuple(sorted(pinned(name) for name in requirements))
+        self.classes = None if classes is None else classes_as_json(classes)
+
+
+def classes_as_json(classes: Sequence[Any]) -> tuple[Class, ...]:
+    """The classes as JSON holds them, numpy's scalars among them. Raises TrainingError for others, and for repeated ones."""
+    plain = tuple(each.item() if hasattr(each, "item") else each for each in classes)
+    for each in plain:
+        if not isinstance(each, bool | int | float | str) or (isinstance(each, float) and not math.isfinite(each)):
+            raise TrainingError(
+                f"the class {str(each)[:80]!r} is a {type(each).__name__}; a class is a bool, a number or a text",
+                fix="write the target as text where the rows are read, and leave out rows without one",
+            )
+    if len(set(plain)) < len(plain):
+        again = next(each for place, each in enumerate(plain) if each in plain[:place])
+        raise TrainingError(
+            f"the class {str(again)[:80]!r} is there twice",
+            fix="give each column of the predictions a class of its own",
+        )
+    return plain
 
 
 def pinned(distribution: str) -> str:

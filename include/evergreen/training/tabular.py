@@ -114,7 +114,11 @@ def train(data: TrainingData, job: Job, *, drop: Sequence[str] = ()) -> None:
     """
     params = Params.of(job.params)
     prepared = Prepared.of(data, params, job.device, drop)
-    job.describe(inputs=[feature["name"] for feature in prepared.features], requirements=REQUIREMENTS)
+    job.describe(
+        inputs=[feature["name"] for feature in prepared.features],
+        requirements=REQUIREMENTS,
+        classes=prepared.target.classes if data.task == "multiclass" else None,
+    )
     with reproducible(job.device, params.threads):
         torch.manual_seed(job.seed)
         network = Network(prepared.features, prepared.target.outputs, params).to(job.device)

@@ -199,9 +199,21 @@ REFUSED = {
     "not 0 and 1": ("binary", np.array([0, 1, 2, 1]), HALF, None, "the binary target holds 0, 1, 2"),
     "text for numbers": ("regression", np.array(list("abcd")), HALF, None, "the target are not numbers"),
     "two columns for one": ("regression", MIXED, np.ones((4, 2)), None, r"shape \(4, 2\)"),
-    "too few columns": ("multiclass", np.arange(4), np.full((4, 3), 1 / 3), None, r"\(4, 3\) for 4 classes"),
+    "too few columns": (
+        "multiclass",
+        np.arange(4),
+        np.full((4, 3), 1 / 3),
+        None,
+        r"\(4, 3\), and the model has 4 classes",
+    ),
+    "rows without a class": (
+        "multiclass",
+        np.array(["a", None, "b", None]),
+        np.full((4, 2), 0.5),
+        "ab",
+        "holds 2 nulls",
+    ),
     "rows not summing to 1": ("multiclass", MIXED, np.ones((4, 2)), None, "no probabilities"),
-    "unknown class": ("multiclass", np.arange(4), np.full((4, 2), 0.5), [0, 1], "does not know: 2, 3"),
     "unknown task": ("binry", MIXED, HALF, None, "did you mean 'binary'"),
 }
 

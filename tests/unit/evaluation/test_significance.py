@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from evergreen.evaluation.metrics import Rows, figures, score
 from evergreen.evaluation.significance import (
-    difference,
     estimate,
     holm,
     intervals,
@@ -18,6 +17,12 @@ from evergreen.evaluation.significance import (
 )
 from evergreen.pack import TASK_METRICS
 from evergreen.run import Estimate
+
+
+def difference(task, metric, truth, challenger, champion, *, clusters, confidence, independent=False):
+    """Challenger minus champion, paired."""
+    new, old = (Rows.of(task, truth, each, clusters) for each in (challenger, champion))
+    return paired(new, old, metric, confidence, independent)
 
 
 def days(rng: np.random.Generator, count: int, rows: int = 90):

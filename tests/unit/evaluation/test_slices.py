@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from evergreen.errors import EvaluationError
-from evergreen.evaluation.significance import difference, intervals
+from evergreen.evaluation.metrics import Rows
+from evergreen.evaluation.significance import intervals, paired
 from evergreen.evaluation.slices import differences, estimates
 from evergreen.pack import GateRules, PrimaryRule, SliceRule
 
@@ -33,17 +34,17 @@ def rows():
     }
 
 
+def of(rows, model: str) -> Rows:
+    return Rows.of("binary", rows["truth"], rows[model], rows["day"])
+
+
 def estimated(rows, *slices: SliceRule):
-    return estimates(
-        rules(*slices), "binary", rows["truth"], rows["challenger"], rows["day"], columns=rows, confidence=0.95
-    )
+    return estimates(rules(*slices), of(rows, "challenger"), columns=rows, confidence=0.95)
 
 
 def compared(rows, *slices: SliceRule):
-    return differences(
-        rules(*slices), "binary", rows["truth"], rows["challenger"], rows["champion"],
-        clusters=rows["day"], columns=rows, confidence=0.95,
-    )  # fmt: skip
+    new, old = of(rows, "challenger"), of(rows, "champion")
+    return differences(rules(*slices), new, old, columns=rows, confidence=0.95)
 
 
 def test_every_group_is_named_with_its_rows(rows):
@@ -69,10 +70,7 @@ def test_a_difference_within_a_group_is_that_of_its_rows(rows):
     """Paired, on the group's rows alone."""
     ua = rows["carrier"] == "UA"
     (found,) = (each for each in compared(rows, BY_CARRIER) if each.group == "UA")
-    alone = difference(
-        "binary", "roc_auc", rows["truth"][ua], rows["challenger"][ua], rows["champion"][ua],
-        clusters=rows["day"][ua], confidence=0.95,
-    )  # fmt: skip
+    alone = paired(of(rows, "challenger").within(ua), of(rows, "champion").within(ua), "roc_auc", 0.95)
     assert (found.by, found.metric, found.rows, found.estimate) == ("carrier", "roc_auc", 300, alone)
 
 
@@ -111,10 +109,9 @@ def test_classes_are_those_of_the_whole_holdout():
     group = np.repeat(["a", "b"], 100)
     truth = np.where(group == "a", rng.integers(0, 3, 200), rng.integers(0, 2, 200))
     predicted = rng.dirichlet(np.ones(3), 200)
-    found = estimates(
-        rules(SliceRule(by="group", metric="accuracy", min_rows=1)), "multiclass", truth, predicted,
-        rng.integers(0, 5, 200), columns={"group": group}, confidence=0.95,
-    )  # fmt: skip
+    rows = Rows.of("multiclass", truth, predicted, rng.integers(0, 5, 200))
+    rule = SliceRule(by="group", metric="accuracy", min_rows=1)
+    found = estimates(rules(rule), rows, columns={"group": group}, confidence=0.95)
     shares = [float((predicted.argmax(axis=1) == truth)[group == name].mean()) for name in ("a", "b")]
     assert [each.estimate.value for each in found] == pytest.approx(shares)
 
