@@ -23,6 +23,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from pydantic import ValidationError
 
 from evergreen import database as db
+from evergreen import home
 from evergreen.database import Database, Event
 from evergreen.errors import EvergreenError, LeaseHeldError, one_screen
 from evergreen.pack import Pack
@@ -106,6 +107,7 @@ def begin(
     may start. Instants since the home was made go through the pack's clock; the end of the last complete partition
     before the result is the run's as-of.
     """
+    home.adopt(settings)
     database = db.connect(settings.database_url)
     run_id = f"{WATCH}{run_id}" if kind == "watch" else run_id
     if not (found := database.events(pack.name, kind=kind, run_id=run_id, limit=1)):

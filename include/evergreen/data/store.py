@@ -27,6 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from evergreen import home
 from evergreen.data.repository import (
     ATTEMPTS,
     HTTP,
@@ -308,6 +309,7 @@ class Store:
 
     @cached_property
     def _remote(self) -> _Remote:
+        home.adopt(self._settings)
         try:
             return _Remote(_absolute(self._settings.data_remote))
         except Exception as error:
@@ -368,6 +370,7 @@ class Store:
         version = Version(dataset=dataset, tree=tree, files=len(files), time=tag_time, message=message)
         with self._repository(f"commit {dataset}") as repository:
             repository.make()
+            home.point_to_store(self._settings)
             return repository.commit(version, self._scratch)
 
     def tagged(self, tag: str) -> str:
@@ -398,11 +401,13 @@ class Store:
         """Have a repository that says what it holds: one is made where a path is free, an empty server's is filled."""
         with self._repository("open it") as repository:
             repository.make()
+            home.point_to_store(self._settings)
             repository.introduce(self._scratch)
 
     @contextmanager
     def _repository(self, doing: str) -> Iterator[Repository]:
         """The repository of snapshots; what git says of it is a StoreError."""
+        home.adopt(self._settings)
         repository = Repository(_absolute(self._settings.data_repository), _absolute(self._settings.data_remote))
         with self._writing(doing):
             self._scratch.mkdir(parents=True, exist_ok=True)

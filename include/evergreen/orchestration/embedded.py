@@ -28,6 +28,7 @@ from urllib.parse import quote
 
 import psutil
 
+from evergreen import home
 from evergreen.data import validation
 from evergreen.errors import EvergreenError, SettingsError
 from evergreen.keys import Note
@@ -44,13 +45,13 @@ if TYPE_CHECKING:
 
 def environment(settings: Settings, given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Airflow's variables for this home; what is given already, in this process's environment, wins."""
-    home = settings.home / "airflow"
+    folder = settings.home / "airflow"
     found = {
-        "AIRFLOW_HOME": str(home),
+        "AIRFLOW_HOME": str(folder),
         "AIRFLOW__CORE__DAGS_FOLDER": str(settings.project / "dags"),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(settings.project / "plugins"),
         # SQLite's writers queue: on a busy machine the default five seconds end in "database is locked".
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}?timeout=60",
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{folder / 'airflow.db'}?timeout=60",
         "EVERGREEN_HOME": str(settings.home),
         "EVERGREEN_PROJECT": str(settings.project),
         "EVERGREEN_PACKS": str(settings.packs),
@@ -71,15 +72,16 @@ def environment(settings: Settings, given: Mapping[str, str] = os.environ) -> di
 
 def prepare(settings: Settings) -> None:
     """Point this process at the embedded Airflow, and make its database when there is none. Before `import airflow`."""
+    home.adopt(settings)
     os.environ.update(environment(settings))
-    home = settings.home / "airflow"
-    home.mkdir(parents=True, exist_ok=True)
-    done = home / "database-ready"
+    folder = settings.home / "airflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "database-ready"
     version = f"{importlib.metadata.version('apache-airflow-core')} with pools"
-    with (home / "database-lock").open("w") as lock:
+    with (folder / "database-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once
         ready = done.is_file() and done.read_text(encoding="ascii") == version
-        if not ready or not (home / "airflow.cfg").is_file():
+        if not ready or not (folder / "airflow.cfg").is_file():
             from airflow.configuration import write_default_airflow_configuration_if_needed
             from airflow.utils.db import upgradedb
 
@@ -297,6 +299,7 @@ def _services(settings: Settings, env: Mapping[str, str]) -> dict[str, Service]:
 
 def services(settings: Settings) -> dict[str, str]:
     """The addresses of what `up` started on this home and is still alive: `airflow`, `mlflow`."""
+    home.adopt(settings)
     recorded = _recorded(settings)
     return {
         name: entry["address"]
@@ -431,13 +434,15 @@ def _require_free(name: str, port: int) -> None:
 
 
 def _recorded(settings: Settings) -> dict[str, Any]:
-    """`services.json`: name → address and processes."""
-    file = settings.home / "services.json"
+    """Read `services.json`: name → address and processes. Those in a copy of a home are the original's."""
+    file = settings.home / home.SERVICES
+    if home.whereabouts(settings).kind == "copied":
+        return {}
     return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
 def _record(settings: Settings, entries: Mapping[str, Any]) -> None:
-    write_whole(settings.home / "services.json", json.dumps(entries, indent=1).encode())
+    write_whole(settings.home / home.SERVICES, json.dumps(entries, indent=1).encode())
 
 
 def _leader(entry: Mapping[str, Any]) -> psutil.Process | None:

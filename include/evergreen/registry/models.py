@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from evergreen import home
 from evergreen.errors import RegistryError, nearest
 from evergreen.registry.lineage import Lineage, as_tag, flat
 from evergreen.run import Value, Verdict, sayable
@@ -90,6 +91,7 @@ class Registry:
     """The MLflow registry of `settings`. Connects on first use, and makes an SQLite database that is not there yet."""
 
     def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.uri = settings.mlflow_tracking_uri
         self.artifacts = settings.mlflow_artifacts
 
@@ -302,8 +304,11 @@ class Registry:
                 fix="ask about a version that `evergreen runs` lists",
             )
         with self._explained(f"cannot read the lineage of {name} version {version}"), _workroom() as room:
-            artifacts = self._client.get_run(found.run_id).info.artifact_uri
+            run = self._client.get_run(found.run_id)
+            artifacts = run.info.artifact_uri
             lineage: dict[str, Any] = json.loads(self._download(f"{artifacts}/{LINEAGE}", room).read_text("utf-8"))
+        # The file says where the snapshots were then; the tag follows a home that is moved.
+        lineage["snapshot"]["repository"] = run.data.tags.get(home.REPOSITORY_TAG, lineage["snapshot"]["repository"])
         return lineage
 
     # -- one registration, step by step --------------------------------------------------------------------------
@@ -440,6 +445,7 @@ class Registry:
     def _client(self) -> Any:
         """MLflow's client, after a look whether there is anybody: MLflow itself tries for minutes."""
         mlflow = _mlflow()
+        home.adopt(self.settings)
         if self._is_server:
             from mlflow.utils.credentials import get_default_host_creds
             from mlflow.utils.rest_utils import http_request
