@@ -20,7 +20,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -29,8 +29,8 @@ import polars as pl
 from evergreen.evaluation import significance
 from evergreen.evaluation.importance import importance, partners, sample
 from evergreen.evaluation.metrics import Rows
-from evergreen.monitoring.drift import NOMINAL, PREDICTION, Drift, Performance, compare, triage
-from evergreen.monitoring.profiles import Profile, profile
+from evergreen.monitoring.drift import NOMINAL, Drift, Performance, compare, triage
+from evergreen.monitoring.profiles import Profile, column_profile, profile
 from evergreen.pack import Data, DriftRules
 from evergreen.run import Estimate, Importance
 
@@ -118,8 +118,9 @@ class World:
         return predicted
 
     def profile(self, rows: pl.DataFrame, start: datetime, days: int) -> Profile:
-        predicted = pl.Series(PREDICTION, self.predictions(rows) if rows.height else [], dtype=pl.Float64)
-        return profile(rows.with_columns(predicted), start, start + days * DAY)
+        predicted = pl.Series(self.predictions(rows) if rows.height else [], dtype=pl.Float64)
+        found = profile(rows, start, start + days * DAY)
+        return replace(found, predictions=column_profile(predicted))
 
     def auc(self, rows: pl.DataFrame) -> Estimate:
         days = rows["at"].dt.ordinal_day().rank("dense").to_numpy().astype(int) - 1

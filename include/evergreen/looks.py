@@ -12,14 +12,14 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evergreen import columns
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, JobError, RegistryError, StoreError
-from evergreen.monitoring.drift import PREDICTION, Drift, compare
+from evergreen.monitoring.drift import Drift, compare
 from evergreen.pack import Data, DriftRules
 from evergreen.registry.models import ModelVersion
 from evergreen.run import (
@@ -420,11 +420,10 @@ def profile_of(
 
     parts = []
     for part in manifest.within(window):
-        found = _of_partition(run, store, part)
+        profile = _of_partition(run, store, part)
         if part.identity in predicted:
-            column = _of_predictions(predicted[part.identity], classes)
-            found = replace(found, columns={**found.columns, PREDICTION: column})
-        parts.append(found)
+            profile = replace(profile, predictions=_of_predictions(predicted[part.identity], classes))
+        parts.append(profile)
     if not parts:
         none = {name: profiles.ColumnProfile(name, "null", rows=0, missing=0) for name in sorted(manifest.columns)}
         return profiles.Profile(columns=none, rows=0, start=window.start, end=window.end)
@@ -438,7 +437,7 @@ def _of_partition(run: Run, store: Store, part: PartitionFile) -> Profile:
 
     file = run.settings.cache / "profiles" / f"{part.identity}.{profiles.VERSION}"
     try:
-        return profiles.Profile.from_bytes(file.read_bytes())
+        return profiles.Profile.from_file(file)
     except (FileNotFoundError, StoreError):
         end = step(part.period, run.pack.data.partition)
         found = profiles.profile(pl.read_parquet(store.path(part.object)), part.period, end)
@@ -453,16 +452,15 @@ def _of_predictions(predicted: np.ndarray, classes: Sequence[Any] | None) -> Col
 
     from evergreen.monitoring import profiles
 
-    values = pl.Series(PREDICTION, predicted) if predicted.ndim == 1 else _likeliest(predicted, classes)
-    now = datetime.now(UTC)
-    return profiles.profile(values.to_frame(), now, now).columns[PREDICTION]
+    values = pl.Series(predicted) if predicted.ndim == 1 else _likeliest(predicted, classes)
+    return profiles.column_profile(values.rename(profiles.PREDICTIONS))
 
 
 def _likeliest(predicted: np.ndarray, classes: Sequence[Any] | None) -> pl.Series:
     import polars as pl
 
     names = [str(name) for name in (classes if classes is not None else range(predicted.shape[1]))]
-    return pl.Series(PREDICTION, [names[place] for place in predicted.argmax(axis=1)], dtype=pl.String)
+    return pl.Series([names[place] for place in predicted.argmax(axis=1)], dtype=pl.String)
 
 
 # What a version is compared with.

@@ -67,7 +67,7 @@ def live(database, pack):
     database.append(pack, "promotion", {"status": "done", "champion": 4, "version": 4}, run_id="one")
     promoted = {"verdict": {"decision": "promote"}, "champion": 4}
     database.append(pack, "stage", {"stage": "promote", "value": promoted}, run_id="one")
-    look = {"kind": "quiet", "scores": {"seats": 0.25, "prediction": 0.3}}
+    look = {"kind": "quiet", "scores": {"seats": 0.25}, "prediction_score": 0.3}
     database.append(pack, "drift", {"stage": "monitor", "value": look}, run_id="watch__one")
     for alert in inbox.keep(database, pack, [NewAlert("monitor", "1", "it drifts", "it")]):
         ruling = Ruling(Decision(alert, "drop", "rule", "because", None, None), {"alert": {}}, None)
@@ -212,7 +212,7 @@ def test_rules_fire_when_they_should(tmp_path):
     def annotations(alert):
         return {name: text for name, text in rules()[alert]["annotations"].items() if name == "runbook"}
 
-    failing, psi = 'evergreen_failing{pack="a",what="training"}', 'evergreen_drift_psi{pack="a",column="prediction"}'
+    failing, psi = 'evergreen_failing{pack="a",what="training"}', 'evergreen_prediction_psi{pack="a"}'
     waits, beat = (
         'evergreen_airflow_queued_seconds{queue="gpu"}',
         'evergreen_airflow_heartbeat_seconds{job="Scheduler"}',
@@ -225,7 +225,7 @@ def test_rules_fire_when_they_should(tmp_path):
         case({failing: "1x20"}, "6m", "RunFailed", pack="a", what="training", says=failed),
         case({failing: "1x20"}, "4m", "RunFailed"),
         case({failing: "1x3 0x20"}, "9m", "RunFailed"),
-        case({psi: "0.3x60"}, "40m", "PredictionsMoved", pack="a", column="prediction", retrain="a", says=moved),
+        case({psi: "0.3x60"}, "40m", "PredictionsMoved", pack="a", retrain="a", says=moved),
         case({psi: "0.2x60"}, "40m", "PredictionsMoved"),
         *(
             case({psi: "0.3x60", f'evergreen_newest_look{{pack="a",kind="{kind}"}}': "1x60"}, "40m", "PredictionsMoved")

@@ -79,12 +79,12 @@ def test_a_spring_that_the_champion_has_not_seen_is_alerted(settings):
     """
     early = watch(settings, "2013-05-06")
     assert early.kind == "withstood", early.reasons
-    assert "prediction" in early.columns
+    assert "prediction" in early.model
     found = watch(settings, "2013-07-01")
     assert found.kind == "shift", found.reasons
     assert found.freshness is not None
     assert found.freshness.gain.low > 0
-    assert "freshness" in found.columns
+    assert "freshness" in found.model
     served = Served(settings.home)
     senders.ensure(settings)
     outer = FastAPI()
@@ -104,7 +104,7 @@ def test_the_terminal_shows_a_look(settings):
     alerts = len(db.connect(settings.database_url).events(NAME, kind="alert"))
     found = json.loads(evergreen(settings, "drift", NAME, "--as-of", "2013-04-08", "--json"))
     assert found["kind"] == "quiet"
-    assert {each["name"] for each in found["measured"]["windows"][-1]["columns"]} >= {"late", "prediction", "carrier"}
+    assert {each["name"] for each in found["measured"]["windows"][-1]["columns"]} >= {"late", "carrier"}
     scored = {each["name"]: each["psi"] for each in found["measured"]["windows"][-1]["columns"]}
     assert {name: round(psi, 4) for name, psi in scored.items() if psi is not None} == found["scores"]
     assert Path(found["file"]).read_bytes().startswith(b"<!doctype html>")

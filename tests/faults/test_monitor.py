@@ -31,7 +31,6 @@ from evergreen.history import last_look, runs_of
 from evergreen.looks import PROFILE, REFERENCE, Reference
 from evergreen.loop import monitor as watching
 from evergreen.loop.monitor import Watched, alert_of, monitor, page_of
-from evergreen.monitoring.drift import PREDICTION
 from evergreen.monitoring.profiles import Profile
 from evergreen.run import Ingested
 from evergreen.triggers import senders
@@ -103,7 +102,7 @@ def test_a_version_is_registered_with_what_it_was_made_from(home):
     profile = Profile.from_bytes(home.registry.artifact(NAME, 1, PROFILE))
     about = Reference.model_validate_json(home.registry.artifact(NAME, 1, REFERENCE))
     assert (profile.rows, profile.columns["height"].rows) == (1100, 1100)
-    assert (profile.columns[PREDICTION].rows, profile.columns["flooded"].missing) == (300, 0)
+    assert (profile.predictions.rows, profile.columns["flooded"].missing) == (300, 0)
     assert (about.metric, about.classes) == ("roc_auc", None)
     assert [each.column for each in about.importance] == ["height", "wind"]
     told = json.loads(home.registry.artifact(NAME, 1, "importance.json"))
@@ -120,7 +119,8 @@ def test_days_like_those_before_are_quiet(home):
     assert home.events("drift")[-1].body["value"]["kind"] == "quiet"
     assert b"<!doctype html>" in page_of(home.settings, NAME, "watch__quiet")
     report = json.loads(watching.Store(home.settings).read_bytes(found.report))
-    assert {each["name"] for each in report["windows"][-1]["columns"]} >= {"height", "wind", PREDICTION, "flooded"}
+    assert {each["name"] for each in report["windows"][-1]["columns"]} >= {"height", "wind", "flooded"}
+    assert report["windows"][-1]["predictions"]["psi"] is not None
     assert report["windows"][-1]["performance"]["metric"] == "roc_auc"
     assert home.registry.artifact(NAME, 1, f"drift/{LATER:%Y-%m-%d}.html") is not None
 
@@ -329,7 +329,7 @@ def test_what_the_champion_leans_on_is_seen_to_move(home):
     home.write(triggers={"drift": RULES["drift"] | {"performance": {"drop": 0.9}}})
     turn(home, swapped_truth)
     found = watch(home, "leans")
-    assert (found.kind, found.columns) == ("withstood", ("importance",)), found.reasons
+    assert (found.kind, found.columns, found.model) == ("withstood", (), ("importance",)), found.reasons
     report = json.loads(watching.Store(home.settings).read_bytes(found.report))
     shift = report["windows"][-1]["importance"]
     assert shift["shift"] > shift["noise"]

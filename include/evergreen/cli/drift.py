@@ -27,13 +27,16 @@ from evergreen.cli.terminal import (
     plain_table,
     show_json,
 )
-from evergreen.errors import EvergreenError, SourceError
+from evergreen.errors import EvergreenError, SourceError, visible
 from evergreen.pack import DriftRules, Pack, load, parse_instant
 from evergreen.run import Ingested, Manifest, Run, Validated, Window, count, floor
 from evergreen.settings import Settings
 
 if TYPE_CHECKING:
     from evergreen.loop.monitor import Looked, Watched
+
+COLUMNS = 120
+"""Most columns of a table, those that violate a rule first."""
 
 STYLES = {
     "data fault": "bold red",
@@ -141,6 +144,7 @@ def _show(settings: Settings, rules: DriftRules, watched: Watched, page: str | N
     if measured is not None:
         newest = measured["windows"][-1]
         violated = {each["column"] for each in newest["violated"]}
+        predictions = [newest["predictions"]] if newest.get("predictions") else []
         told = next((each for each in reversed(measured["windows"]) if each["importance"]), None)
         shift = told["importance"] if told else {"columns": []}
         leanings = {each["column"]: each for each in shift["columns"]}
@@ -154,19 +158,26 @@ def _show(settings: Settings, rules: DriftRules, watched: Watched, page: str | N
         table = plain_table(
             "column", "psi", "usual", "missing", "before", *(["importance"] if told else []), "violated"
         )
-        rows = sorted(newest["columns"], key=lambda each: (each["name"] not in violated, -(each["psi"] or 0)))
-        for each in rows:
-            of_it = [found["measure"] for found in newest["violated"] if found["column"] == each["name"]]
+        columns = sorted(newest["columns"], key=lambda each: (each["name"] not in violated, -(each["psi"] or 0)))
+        for each in (*predictions, *columns[:COLUMNS]):
+            predicted = each["role"] == "prediction"
+            of_it = [
+                found["measure"]
+                for found in newest["violated"]
+                if (found["kind"] == "prediction" if predicted else found["column"] == each["name"])
+            ]
             table.add_row(
-                escape(each["name"]),
+                "[italic]predictions[/]" if predicted else escape(visible(each["name"])),
                 _number(each["psi"]),
                 _number(each["usual"]),
                 f"{each['missing']:.1%}",
                 f"{each['missing_before']:.1%}",
-                *([_leaning(leanings.get(each["name"]))] if told else []),
+                *([_leaning(None if predicted else leanings.get(each["name"]))] if told else []),
                 ", ".join(of_it),
             )
         console.print(table)
+        if len(columns) > COLUMNS:
+            console.print(f"and {count(len(columns) - COLUMNS, 'more column')} of the least PSI; --json has them all")
     if page is not None:
         console.print(f"report: {page}", soft_wrap=True)
 
@@ -260,7 +271,7 @@ def _show_backwards(pack: Pack, found: list[Looked]) -> None:
     rules: dict[tuple[str, str], list[float]] = {}
     for each in found:
         for finding in each.newest.violated:
-            rules.setdefault((finding.column or "(all)", finding.measure), []).append(finding.value)
+            rules.setdefault((finding.column or f"({finding.kind})", finding.measure), []).append(finding.value)
         if each.freshness is not None and each.freshness.exceeds(pack.triggers.drift or DriftRules()):
             rules.setdefault(("(newer rows)", "gain"), []).append(each.freshness.gain.value)
     console.print(
@@ -280,7 +291,7 @@ def _show_backwards(pack: Pack, found: list[Looked]) -> None:
     fired = plain_table("rule", "measure", "fired in", "median", "largest")
     for (column, measure), values in sorted(rules.items(), key=lambda each: -len(each[1])):
         fired.add_row(
-            escape(column),
+            escape(visible(column)),
             measure,
             f"{len(values)} ({len(values) / len(found):.0%})",
             f"{median(values):.3g}",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,14 +20,14 @@ from pydantic import Field
 from evergreen import columns, errors, looks
 from evergreen import database as db
 from evergreen.data.store import Store
-from evergreen.errors import EvaluationError, RegistryError, StageError
+from evergreen.errors import EvaluationError, RegistryError, StageError, visible
 from evergreen.evaluation import metrics, significance
 from evergreen.evaluation.probation import Ruling
 from evergreen.keys import perform, recorded
 from evergreen.looks import PROFILE, REFERENCE, Reference
 from evergreen.loop import probation
 from evergreen.loop.freshness import rehearse
-from evergreen.monitoring.drift import Drift, Freshness, Kind, Performance, Triage, compare, triage
+from evergreen.monitoring.drift import ColumnDrift, Drift, Freshness, Kind, Performance, Triage, compare, triage
 from evergreen.pack import DriftRules, Pack
 from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
@@ -40,6 +40,7 @@ from evergreen.run import (
     Value,
     Window,
     Windows,
+    canonical_json,
     digest,
     period_name,
 )
@@ -82,9 +83,16 @@ class Watched(Value):
     windows: tuple[Window, ...] = ()
     """The oldest first."""
     columns: tuple[str, ...] = ()
-    """What the newest window violates, by column; of the model as a whole, `performance`."""
+    """The columns by which the newest window violates a rule."""
+    model: tuple[str, ...] = ()
+    """The rules about the model or the window as a whole that it violates: `performance`, `prediction`, `freshness`, …
+
+    Older looks have these among the columns.
+    """
     scores: dict[str, float] = Field(default_factory=dict)
     """PSI of the newest window, by column, where it has one."""
+    prediction_score: float | None = None
+    """PSI of the predictions; older looks have it among the scores, as the column `prediction`."""
     freshness: Freshness | None = None
     """What newer rows are worth, where the pack asks and it can be said."""
     report: Ref | None = None
@@ -125,6 +133,10 @@ class Champion:
         files = [registry.artifact(version.name, version.version, path) for path in (PROFILE, REFERENCE)]
         if version.model_hash is None or files[0] is None or files[1] is None:
             return None
+        profile = Profile.from_bytes(files[0])
+        if profile.predictions is not None and profile.predictions.rows == profile.rows:
+            # Only rows of the hold-out were predicted: an older Evergreen took a column called `prediction` for these.
+            profile = replace(profile, predictions=None)
         lineage = registry.lineage(version.name, version.version)
         windows = Windows.model_validate(lineage["windows"])
         return cls(
@@ -134,7 +146,7 @@ class Champion:
             judged=windows.holdout,
             train=windows.train,
             snapshot=Ref(hash=lineage["snapshot"]["hash"], size=lineage["snapshot"]["bytes"]),
-            profile=Profile.from_bytes(files[0]),
+            profile=profile,
             reference=Reference.model_validate_json(files[1]),
         )
 
@@ -360,14 +372,16 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
             reasons=found.reasons,
             evidence=found.evidence,
             windows=tuple(windows),
-            columns=tuple(
+            columns=tuple(sorted({each.column for each in history[-1].violated if each.column is not None})),
+            model=tuple(
                 sorted(
-                    {each.column or each.kind for each in history[-1].violated}
+                    {each.kind for each in history[-1].violated if each.column is None}
                     | ({"freshness"} if fresh is not None and fresh.exceeds(rules) else set())
                 )
             ),
             freshness=fresh,
             scores={each.name: round(each.psi, 4) for each in history[-1].columns if each.psi is not None},
+            prediction_score=_psi(history[-1].predictions),
             **_report(run, store, registry, known, rules, found, history, watcher.profile(windows[-1])),
         )
 
@@ -412,6 +426,10 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
     )
 
 
+def _psi(column: ColumnDrift | None) -> float | None:
+    return None if column is None or column.psi is None else round(column.psi, 4)
+
+
 class Looked(Value):
     """What the monitor would have said of an instant of the past."""
 
@@ -454,15 +472,26 @@ def alert_of(watched: Watched) -> tuple[str, dict[str, Any]] | None:
     """The alert that follows from a look: its id, by which a repeat is the same alert, and its message; None: none."""
     if watched.kind != "shift":
         return None
-    told, about = "; ".join(watched.reasons[:2]), " ".join(("drift", *watched.columns))
+    # Names of columns are whatever the data has; a message holds no control characters.
+    told = visible("; ".join(watched.reasons[:2]))
+    about = f"drift {canonical_json([watched.columns, watched.model])}"
     message = {
         "reason": told if len(told) <= REASON else f"{told[: REASON - 1]}…",
         "as_of": watched.as_of.isoformat(),
-        "evidence": _fitting(watched.evidence),
-        "fingerprint": about if len(about) <= FINGERPRINT else f"drift {digest(watched.columns)}",
+        "evidence": _visible(_fitting(watched.evidence)),
+        "fingerprint": about if len(about) <= FINGERPRINT else f"drift {digest([watched.columns, watched.model])}",
     }
     window = watched.windows[-1].end.isoformat()
     return f"drift-{digest([watched.pack, watched.champion, window])[:20]}", message
+
+
+def _visible(content: Any) -> Any:
+    """`content`, JSON, with every text in it `visible`."""
+    if isinstance(content, dict):
+        return {key: _visible(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_visible(value) for value in content]
+    return visible(content) if isinstance(content, str) else content
 
 
 def _fitting(evidence: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ from functools import cached_property
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import model_validator
+
 from evergreen.pack import Data, DriftRules
 from evergreen.run import Estimate, Importance, Value, Window, count
 
@@ -50,8 +52,6 @@ if TYPE_CHECKING:
 
 NOMINAL = 0.01
 """How often a window in which nothing changed may violate any rule on a distribution."""
-PREDICTION = "prediction"
-"""The name of the column that holds the champion's predictions."""
 
 BINS = 10
 EXPECTED = 5
@@ -77,6 +77,8 @@ RENAMED = 0.05
 """A category of at least this share that vanishes as another of its size appears has been renamed."""
 PACE = 0.1
 """Rows arriving at less than this of the reference's pace are a source that stopped."""
+PREDICTIONS = "the predictions"
+"""What a sentence calls them."""
 LEANINGS = 3
 """Columns that are named where what the champion leans on has moved."""
 EVIDENCE = 50
@@ -153,7 +155,7 @@ class Finding(Value):
 
     kind: Literal["fault", "feature", "target", "prediction", "performance", "importance"]
     column: str | None
-    """None where it is about the window as a whole, or the model."""
+    """None where it is about the window as a whole, or the model, its predictions among it."""
     measure: str
     """`psi`, `new`, `drop`, `shift`; of a fault `missing`, `range`, `sentinel`, `unit`, `renamed`, `type`, `gone`, `rows`, `stale`
     or `labels`."""
@@ -203,6 +205,8 @@ class Drift(Value):
     reference_end: datetime
     reference_rows: int
     columns: tuple[ColumnDrift, ...]
+    predictions: ColumnDrift | None = None
+    """Of the champion; None where either side has none."""
     added: tuple[str, ...] = ()
     """Columns that the reference does not have; they are not compared."""
     model_age_days: float
@@ -214,6 +218,28 @@ class Drift(Value):
     importance_note: str | None = None
     """Why importance is not known here, or not of every column."""
     violated: tuple[Finding, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _predictions_among_the_columns(cls, content: Any) -> Any:
+        """Read what was stored when predictions were a column that was called `prediction`: its role tells it."""
+        if not isinstance(content, dict) or "predictions" in content:
+            return content
+        columns = list(content.get("columns", ()))
+        mine = [each for each in columns if isinstance(each, dict) and each.get("role") == "prediction"]
+        if not mine:
+            return content
+        violated = [
+            {**each, "column": None} if each.get("kind") == "prediction" else each
+            for each in content.get("violated", ())
+        ]
+        kept = [each for each in columns if each not in mine]
+        return {**content, "columns": kept, "predictions": mine[0], "violated": violated}
+
+    @cached_property
+    def by_name(self) -> dict[str, ColumnDrift]:
+        """The columns by their names."""
+        return {each.name: each for each in self.columns}
 
     @cached_property
     def rules(self) -> frozenset[tuple[str, str | None, str]]:
@@ -296,22 +322,28 @@ def compare(
 ) -> Drift:
     """The window beside the reference, by the pack's rules.
 
-    Both hold the pack's columns, the predictions under `PREDICTION`, and the target where its labels have arrived.
-    `usual`: windows of this length from the reference's own time, beside the reference. `performance`: the champion's
-    figures, where labels have arrived; `importance`: what it leans on, on its hold-out and on the window.
+    Both hold the pack's columns, the predictions, and the target where its labels have arrived. `usual`: windows of this
+    length from the reference's own time, beside the reference. `performance`: the champion's figures, where labels have
+    arrived; `importance`: of its columns, on its hold-out and on the window, and why it is not known.
     """
-    roles: dict[str, Role] = {data.target: "target", PREDICTION: "prediction"}
     pairs = [(before, window.columns[name]) for name, before in reference.columns.items() if name in window.columns]
-    chance = NOMINAL / (
-        3 * len(pairs) + 2
-    )  # of each column psi, missing, and new or far; of the window its rows; shift
+    predictions = None
+    tested = len(pairs) + (reference.predictions is not None and window.predictions is not None)
+    # Of each column psi, missing, and new or far; of the window its rows; importance.
+    chance = NOMINAL / (3 * tested + 2)
     columns: list[ColumnDrift] = []
     findings = [*_arrival(reference, window, data, chance)]
     for before, now in pairs:
-        column = _column(before, now, roles.get(now.name, "feature"), chance, usual)
+        role: Role = "target" if now.name == data.target else "feature"
+        earlier = [each.by_name[now.name] for each in usual if now.name in each.by_name]
+        column = _column(before, now, role, chance, earlier)
         columns.append(column)
         findings += _violations(before, now, column, rules, chance)
-    gone = [name for name in reference.columns if name not in window.columns and name not in roles]
+    if reference.predictions is not None and window.predictions is not None:
+        earlier = [each.predictions for each in usual if each.predictions is not None]
+        predictions = _column(reference.predictions, window.predictions, "prediction", chance, earlier)
+        findings += _moved_predictions(predictions, rules.prediction.psi)
+    gone = [name for name in reference.columns if name not in window.columns and name != data.target]
     findings += [_fault(name, "gone", 1, 0, f"{name} is gone: the window has no such column") for name in gone]
     if performance is not None:
         findings += _performance(performance, rules)
@@ -328,6 +360,7 @@ def compare(
         reference_end=reference.end,
         reference_rows=reference.rows,
         columns=tuple(columns),
+        predictions=predictions,
         added=tuple(name for name in window.columns if name not in reference.columns),
         model_age_days=_days(reference.end, window.end),
         newest_row_days=_silence(window, data),
@@ -375,20 +408,20 @@ def triage(
     moved = [each for each in moves if _seen(recent, each) >= rules.seen]
     dropped = [each for each in drops if _seen(labelled, each) >= rules.seen]
     leant = [each for each in leanings if _seen(labelled, each) >= rules.seen]
-    columns = {each.column for each in moved}
+    names = {each.column or PREDICTIONS for each in moved}
+    predictions_moved = any(each.kind == "prediction" for each in moved)
     told = [
         each.performance
         for each in (labelled if leant else recent)
         if each.performance and any(move.rule in each.rules for move in (*moved, *leant))
     ]
     held = told and sum(each.drop.value for each in told) / len(told) <= rules.performance.drop
-    predicted = _reading(newest, PREDICTION)
     unconfirmed = [(recent, each) for each in moves if _seen(recent, each) < rules.seen]
     unconfirmed += [(labelled, each) for each in (*drops, *leanings) if _seen(labelled, each) < rules.seen]
 
     better, worse = _worth(fresh, rules)
 
-    what = _named(columns) or "what the champion leans on"
+    what = _named(names) or "what the champion leans on"
 
     kind: Kind
     if faults:
@@ -399,8 +432,8 @@ def triage(
     elif not moved and not leant:
         kind, head = "quiet", ["nothing moved further than the pack allows"] if not unconfirmed else []
     elif moved and season is not None and not any(each.rule in season.rules for each in moved):
-        kind, head = "seasonal", [f"{_named(columns)} moved, as in the same season before, {_span(season)}"]
-    elif any(each.kind == "target" for each in moved) and PREDICTION not in columns and not worse:
+        kind, head = "seasonal", [f"{_named(names)} moved, as in the same season before, {_span(season)}"]
+    elif any(each.kind == "target" for each in moved) and not predictions_moved and not worse:
         kind, head = "shift", ["the target moved, and the predictions did not move with it"]
     elif held or worse:
         known = fresh is not None and fresh.falls_short(rules)
@@ -409,8 +442,8 @@ def triage(
         kind, head = "withstood", [f"{what} moved, and {why}"]
     elif leant:
         kind, head = "shift", [f"{what} moved, and performance may have dropped: {_figure(told[-1])}"]
-    elif PREDICTION in columns or predicted is None:
-        what = "the predictions moved" if predicted else f"{what} moved, with no predictions to look at"
+    elif predictions_moved or newest.predictions is None:
+        what = "the predictions moved" if newest.predictions else f"{what} moved, with no predictions to look at"
         labels = (
             f"performance may have dropped: {_figure(told[-1])}"
             if told
@@ -475,7 +508,7 @@ def _at_once(history: Sequence[Drift], fault: Finding) -> bool:
 
 
 def _reading(window: Drift, column: str | None) -> ColumnDrift | None:
-    return next((each for each in window.columns if each.name == column), None)
+    return None if column is None else window.by_name.get(column)
 
 
 def _seen(windows: Sequence[Drift], finding: Finding) -> int:
@@ -491,8 +524,8 @@ def _figure(performance: Performance) -> str:
     return f"{performance.metric} {performance.window.value:.3f}, {performance.reference.value:.3f} at promotion"
 
 
-def _named(columns: set[str | None]) -> str:
-    names = sorted(name for name in columns if name is not None)
+def _named(columns: set[str]) -> str:
+    names = sorted(columns)
     return f"{', '.join(names[:5])} and {len(names) - 5} more" if len(names) > 5 else ", ".join(names)
 
 
@@ -528,10 +561,9 @@ def _evidence(recent: Sequence[Drift], newest: Drift, season: Drift | None, fres
 
 
 def _column(
-    reference: ColumnProfile, window: ColumnProfile, role: Role, chance: float, usual: Sequence[Drift]
+    reference: ColumnProfile, window: ColumnProfile, role: Role, chance: float, earlier: Sequence[ColumnDrift]
 ) -> ColumnDrift:
-    """Every measure of one column."""
-    earlier = [each for drift in usual if (each := _reading(drift, window.name)) is not None]
+    """Every measure of one column; `earlier`: the same of windows from the reference's own time."""
     found: dict[str, float | None] = {}
     if reference.kind == window.kind and reference.seen and window.seen:
         if (bins := _bins(reference, window)) is not None:
@@ -665,9 +697,9 @@ def _new(reference: ColumnProfile, window: ColumnProfile) -> float:
 def _violations(
     reference: ColumnProfile, window: ColumnProfile, column: ColumnDrift, rules: DriftRules, chance: float
 ) -> Iterator[Finding]:
-    """What one column violates. Of predictions only that they moved or are missing; of a target, late labels are none."""
+    """What one column violates. Late labels of a target are no fault."""
     name = column.name
-    limit = {"feature": rules.features, "target": rules.target, "prediction": rules.prediction}[column.role].psi
+    limit = {"feature": rules.features, "target": rules.target}[column.role].psi
     if "null" not in (reference.kind, window.kind) and reference.kind != window.kind:
         yield _fault(name, "type", 1, 0, f"{name} is a {window.kind}, and was a {reference.kind}")
     before = column.missing_before
@@ -676,12 +708,10 @@ def _violations(
     if not expected and _rises(before, rise, MISSING, reference.rows, window.rows, chance):
         sentence = f"{name} has no value in {column.missing:.1%} of rows, at most {before:.1%} before"
         yield _fault(name, "missing", rise, MISSING, sentence)
-    moved = column.psi is not None and column.psi > max(limit, column.noise or 0.0, column.usual or 0.0)
+    moved = _moved(column, limit)
     if moved and column.psi is not None:
         sentence = f"{name} moved: PSI {column.psi:.2f}, the pack allows {limit:g}"
         yield Finding(kind=column.role, column=name, measure="psi", value=column.psi, limit=limit, sentence=sentence)
-    if column.role == "prediction":
-        return
     if moved and window.kind == "number" and column.scale and (unit := _unit(reference, window, column.scale)):
         yield _fault(name, "unit", column.scale, SCALE, f"{name} looks like another unit: {unit}")
     else:
@@ -697,6 +727,18 @@ def _violations(
         for old, now, share in _renamed(reference, window):
             sentence = f"{name} is {now!r} in {share:.1%} of rows, as many as were {old!r}, which is gone: renamed?"
             yield _fault(name, "renamed", share, RENAMED, sentence)
+
+
+def _moved_predictions(column: ColumnDrift, limit: float) -> Iterator[Finding]:
+    """That the predictions moved; nothing else of them is a fault of the data."""
+    if _moved(column, limit) and column.psi is not None:
+        sentence = f"{PREDICTIONS} moved: PSI {column.psi:.2f}, the pack allows {limit:g}"
+        yield Finding(kind="prediction", column=None, measure="psi", value=column.psi, limit=limit, sentence=sentence)
+
+
+def _moved(column: ColumnDrift, limit: float) -> bool:
+    """Tell whether PSI is past the pack's threshold, past chance, and past what is usual."""
+    return column.psi is not None and column.psi > max(limit, column.noise or 0.0, column.usual or 0.0)
 
 
 def _rises(before: float, rise: float, limit: float, n: int, m: int, chance: float) -> bool:

@@ -23,11 +23,12 @@ import json
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -59,8 +60,12 @@ NAME_BYTES = 80
 HASHES = 512
 """Hashes kept of values that are not all kept."""
 
-VERSION = 1
-"""Of the format of `to_bytes`; a new one is read beside the old ones."""
+VERSION = 2
+"""Of the format of `to_bytes`. Of version 1, whose predictions were a column called `prediction`, `from_bytes` makes them
+what they are."""
+
+DTYPES = {"F64": "<f8", "I64": "<i8", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"}
+"""Types in a safetensors file → numpy's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +143,14 @@ class ColumnProfile:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """The columns of the rows in the window [start, end). Predictions are a column like any other."""
+    """The columns of the rows in the window [start, end), and a model's predictions for rows of it."""
 
     columns: Mapping[str, ColumnProfile]
     rows: int
     start: datetime
     end: datetime
+    predictions: ColumnProfile | None = None
+    """None where there are none. No column's name leads here: a column may have any name."""
 
     def to_bytes(self) -> bytes:
         """Deterministic, at most 64 KiB a column: a safetensors file whose metadata is JSON."""
@@ -151,7 +158,8 @@ class Profile:
 
         columns = []
         arrays: dict[str, NDArray[Any]] = {}
-        for number, column in enumerate(self.columns.values()):
+        every = [*self.columns.values(), *([self.predictions] if self.predictions else [])]
+        for number, column in enumerate(every):
             plain = ("name", "kind", "rows", "missing", "infinite", "mean", "spread", "slack")
             columns.append({field: getattr(column, field) for field in plain})
             names = [name.encode() for name in column.names]
@@ -164,47 +172,121 @@ class Profile:
             }
             arrays |= {f"{number}.{part}": array for part, array in parts.items() if len(array)}
         content = {"version": VERSION, "rows": self.rows, "columns": columns}
+        content |= {"predictions": self.predictions is not None}  # then the last of the columns is they
         content |= {"start": self.start.astimezone(UTC), "end": self.end.astimezone(UTC)}
         return bytes(save(arrays, metadata={"evergreen.profile": canonical_json(content)}))
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Profile:
         """What `to_bytes` wrote. Raises StoreError for anything else."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
+        whole = cls._lazy(lambda start, size: content[start : start + size], len(content))
+        return replace(whole, columns=dict(whole.columns))
 
+    @classmethod
+    def from_file(cls, file: Path) -> Profile:
+        """What `to_bytes` wrote, its columns read one at a time as they are looked at. Raises StoreError, OSError."""
+
+        def read(start: int, size: int) -> bytes:
+            with file.open("rb") as opened:
+                opened.seek(start)
+                return opened.read(size)
+
+        return cls._lazy(read, file.stat().st_size)
+
+    @classmethod
+    def _lazy(cls, read: Read, size: int) -> Profile:
         try:
-            arrays = load(content)
-            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            found = json.loads(header["__metadata__"]["evergreen.profile"])
-        except (SafetensorError, KeyError) as error:
+            begins, told, arrays = _header(read, size)
+            start, end = (datetime.fromisoformat(told[bound]) for bound in ("start", "end"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(
-                f"{len(content)} bytes that should be a profile are none: {error!r}", fix="profile the window again"
+                f"{size} bytes that should be a profile are none: {error!r}", fix="profile the window again"
             ) from error
-        if found["version"] != VERSION:
+        if told["version"] not in (1, VERSION):
             raise StoreError(
-                f"a profile of version {found['version']}, where this Evergreen reads version {VERSION}",
+                f"a profile of version {told['version']}, where this Evergreen reads versions up to {VERSION}",
                 fix="profile the window again, or use the Evergreen that wrote it",
             )
-        columns = {}
-        for number, plain in enumerate(found["columns"]):
-            lengths = arrays.get(f"{number}.lengths", np.empty(0, dtype=np.uint8)).tolist()
-            text = arrays.get(f"{number}.names", np.empty(0, dtype=np.uint8)).tobytes()
-            ends = np.cumsum([0, *lengths]).tolist()
-            columns[plain["name"]] = ColumnProfile(
-                **plain,
-                values=arrays.get(f"{number}.values", np.empty(0)),
-                names=tuple(text[begin:end].decode() for begin, end in pairwise(ends)),
-                weights=arrays.get(f"{number}.weights", np.empty(0)).astype(np.int64),
-                hashes=arrays.get(f"{number}.hashes", np.empty(0, dtype=np.uint64)),
-            )
-        start, end = (datetime.fromisoformat(found[bound]) for bound in ("start", "end"))
-        return cls(columns=columns, rows=found["rows"], start=start, end=end)
+        places = {plain["name"]: number for number, plain in enumerate(told["columns"])}
+        last = None
+        if told["version"] == 1:
+            last = places.pop(PREDICTION_1, None)
+        elif told["predictions"]:
+            last = len(told["columns"]) - 1
+            places = {plain["name"]: number for number, plain in enumerate(told["columns"][:-1])}
+        columns = _Stored(read, begins, told["columns"], arrays, places)
+        predictions = None if last is None else replace(columns.at(last), name=PREDICTIONS)
+        return cls(columns=columns, rows=told["rows"], start=start, end=end, predictions=predictions)
+
+
+PREDICTIONS = "predictions"
+"""The name that the profile of predictions has for whoever reads it; nobody looks it up by its name."""
+PREDICTION_1 = "prediction"
+"""The column of a profile of version 1 that holds them."""
+
+Read = Callable[[int, int], bytes]
+"""The bytes from a place on, so many."""
+
+
+Arrays = Mapping[str, tuple[str, int, int]]
+"""Of a safetensors file: name → numpy's type, and where it begins and ends behind the header."""
+
+
+def _header(read: Read, size: int) -> tuple[int, dict[str, Any], Arrays]:
+    """Where the arrays of a stored profile begin, what is told of it, and its arrays. Raises for what is none."""
+    length = int.from_bytes(read(0, 8), "little")
+    if not 2 <= length <= size - 8:
+        raise ValueError("its header is cut off")
+    header = json.loads(read(8, length))
+    told = json.loads(header.pop("__metadata__")["evergreen.profile"])
+    arrays = {name: (DTYPES[each["dtype"]], *each["data_offsets"]) for name, each in header.items()}
+    if max((end for _, _, end in arrays.values()), default=0) != size - 8 - length:
+        raise ValueError("its arrays are cut off")
+    return 8 + length, told, arrays
+
+
+class _Stored(Mapping[str, ColumnProfile]):
+    """The columns of a profile that is stored; each is read when it is looked at, and not kept."""
+
+    def __init__(
+        self,
+        read: Read,
+        begins: int,
+        plain: Sequence[dict[str, Any]],
+        arrays: Arrays,
+        places: Mapping[str, int],
+    ) -> None:
+        self._read, self._begins, self._plain, self._arrays, self._places = read, begins, plain, arrays, places
+
+    def __getitem__(self, name: str) -> ColumnProfile:
+        return self.at(self._places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def at(self, number: int) -> ColumnProfile:
+        lengths = self._array(f"{number}.lengths", "u1").tolist()
+        text = self._array(f"{number}.names", "u1").tobytes()
+        ends = np.cumsum([0, *lengths]).tolist()
+        return ColumnProfile(
+            **self._plain[number],
+            values=self._array(f"{number}.values", "<f8"),
+            names=tuple(text[begin:end].decode() for begin, end in pairwise(ends)),
+            weights=self._array(f"{number}.weights", "<i8").astype(np.int64),
+            hashes=self._array(f"{number}.hashes", "<u8"),
+        )
+
+    def _array(self, name: str, otherwise: str) -> NDArray[Any]:
+        kind, start, end = self._arrays.get(name, (otherwise, 0, 0))
+        return np.frombuffer(self._read(self._begins + start, end - start) if end > start else b"", dtype=kind)
 
 
 def profile(frame: pl.DataFrame, start: datetime, end: datetime) -> Profile:
     """The profile of `frame`, whose rows lie in [start, end). Raises SourceError for a type that no partition keeps."""
-    columns = {name: _column(frame[name]) for name in sorted(frame.columns)}
+    columns = {name: column_profile(frame[name]) for name in sorted(frame.columns)}
     return Profile(columns=columns, rows=frame.height, start=start, end=end)
 
 
@@ -214,22 +296,25 @@ def merge(profiles: Iterable[Profile]) -> Profile:
     A column that some of them lack has the rows of the others. Raises SourceError where a column's kinds differ.
     """
     profiles = list(profiles)
-    parts: dict[str, list[ColumnProfile]] = {}
-    for each in profiles:
-        for name, column in each.columns.items():
-            parts.setdefault(name, []).append(column)
+    names = sorted({name for each in profiles for name in each.columns})
+    predictions = [each.predictions for each in profiles if each.predictions is not None]
     return Profile(
-        columns={name: _merged(name, parts[name]) for name in sorted(parts)},
+        # One column of all of them at a time: of a wide table, all together may not fit in memory.
+        columns={
+            name: _merged(name, [each.columns[name] for each in profiles if name in each.columns]) for name in names
+        },
         rows=sum(each.rows for each in profiles),
         start=min(each.start for each in profiles),
         end=max(each.end for each in profiles),
+        predictions=_merged(PREDICTIONS, predictions) if predictions else None,
     )
 
 
 # From rows.
 
 
-def _column(series: pl.Series) -> ColumnProfile:
+def column_profile(series: pl.Series) -> ColumnProfile:
+    """The profile of one column. Raises SourceError for a type that no partition keeps."""
     import polars as pl
 
     type_ = series.dtype

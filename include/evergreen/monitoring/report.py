@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evergreen.monitoring.drift import ColumnDrift, Drift, Kind, Triage, triage
+from evergreen.monitoring.drift import ColumnDrift, Drift, Finding, Kind, Triage, triage
 from evergreen.pack import DriftRules
 from evergreen.page import head
 from evergreen.run import canonical_json, count
@@ -29,6 +29,8 @@ BINS = 40
 """Steps of a number's histogram."""
 NAMES = 8
 """Most categories that are drawn by name."""
+CARDS = 120
+"""Most columns on the page, those that violate a rule first, then by PSI; the JSON has all."""
 LEANINGS = 12
 """Most columns of which importance is drawn."""
 COLOURS: Mapping[Kind, str] = {
@@ -56,14 +58,7 @@ def page(
     """
     shown = history[-WINDOWS:]
     newest = shown[-1]
-    violated = {each.column for each in newest.violated}
-    order = sorted(
-        newest.columns,
-        key=lambda each: (each.role == "feature", 1 if each.psi is None else -each.psi),
-    )
-    cards = {each.name: _card(each, shown, rules, reference, window) for each in order}
-    moved = "".join(card for name, card in cards.items() if name in violated)
-    unmoved = "".join(card for name, card in cards.items() if name not in violated)
+    moved, unmoved, left_out = _cards(shown, rules, reference, window)
     return "".join(
         [
             head(f"{pack}: {found.kind}", _STYLE),
@@ -81,8 +76,14 @@ def page(
             _LEGEND,
             f"<section><h2>Violated</h2><div class=cards>{moved}</div></section>" if moved else "",
             f"<section><h2>Not moved</h2><div class=cards>{unmoved}</div></section>" if unmoved else "",
+            f"<p class=note>{count(left_out, 'more column')} of the least PSI: the JSON report has them all.</p>"
+            if left_out
+            else "",
             f"<footer><p>{escape(_rules(rules))}</p>",
-            f"<p>New columns, not compared: {escape(', '.join(newest.added))}.</p>" if newest.added else "",
+            f"<p>New columns, not compared: {escape(', '.join(newest.added[:CARDS]))}"
+            f"{f' and {len(newest.added) - CARDS} more' if len(newest.added) > CARDS else ''}.</p>"
+            if newest.added
+            else "",
             "</footer></main></body></html>\n",
         ]
     )
@@ -185,19 +186,52 @@ def _leanings(shown: Sequence[Drift], rules: DriftRules) -> str:
     )
 
 
-def _card(column: ColumnDrift, shown: Sequence[Drift], rules: DriftRules, reference: Profile, window: Profile) -> str:
-    """One column: how it lay and lies, its PSI over the windows, its figures, what it violates."""
-    findings = [each for each in shown[-1].violated if each.column == column.name]
-    limit = {"feature": rules.features, "target": rules.target, "prediction": rules.prediction}[column.role].psi
-    role = "" if column.role == "feature" else f" <span>{column.role}</span>"
+def _cards(shown: Sequence[Drift], rules: DriftRules, reference: Profile, window: Profile) -> tuple[str, str, int]:
+    """The cards of what violates a rule, those of the rest, and how many columns are left out."""
+    newest = shown[-1]
+    violated = {each.column for each in newest.violated}
+    order = sorted(
+        newest.columns,
+        key=lambda each: (each.name not in violated, each.role == "feature", 1 if each.psi is None else -each.psi),
+    )
+    cards = {True: "", False: ""}
+    if newest.predictions is not None and reference.predictions is not None and window.predictions is not None:
+        findings = [each for each in newest.violated if each.kind == "prediction"]
+        psis = [each.predictions.psi if each.predictions else None for each in shown]
+        bad = [any(each.kind == "prediction" for each in drift.violated) for drift in shown]
+        sides = reference.predictions, window.predictions
+        cards[bool(findings)] += _card(newest.predictions, findings, psis, bad, rules.prediction.psi, *sides)
+    for column in order[:CARDS]:
+        name = column.name
+        findings = [each for each in newest.violated if each.column == name]
+        psis = [drift.by_name[name].psi if name in drift.by_name else None for drift in shown]
+        bad = [any((each.column, each.measure) == (name, "psi") for each in drift.violated) for drift in shown]
+        limit = (rules.target if column.role == "target" else rules.features).psi
+        sides = reference.columns[name], window.columns[name]
+        cards[name in violated] += _card(column, findings, psis, bad, limit, *sides)
+    return cards[True], cards[False], max(0, len(order) - CARDS)
+
+
+def _card(
+    column: ColumnDrift,
+    findings: Sequence[Finding],
+    psis: Sequence[float | None],
+    bad: Sequence[bool],
+    limit: float,
+    reference: ColumnProfile,
+    window: ColumnProfile,
+) -> str:
+    """One column: how it lay and lies, its PSI over the windows and in which it is `bad`, its figures, what it violates."""
+    role = f" <span>{column.role}</span>" if column.role == "target" else ""
+    name = "Predictions" if column.role == "prediction" else column.name
     figures = dict(_figures(column))
     return "".join(
         [
             f'<article class="{"fault" if any(each.kind == "fault" for each in findings) else "shift" if findings else ""}">',
-            f"<h3>{escape(column.name)}{role}</h3>",
+            f"<h3>{escape(name)}{role}</h3>",
             *(f"<p class=finding>{escape(each.sentence)}</p>" for each in findings),
-            _overlay(reference.columns[column.name], window.columns[column.name]),
-            _psis(column.name, shown, limit),
+            _overlay(reference, window),
+            _psis(name, psis, bad, limit),
             "<dl>",
             *(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in figures.items()),
             "</dl></article>",
@@ -222,22 +256,17 @@ def _figures(column: ColumnDrift) -> Iterator[tuple[str, str]]:
         yield "missing", f"{column.missing:.1%}, was {column.missing_before:.1%}"
 
 
-def _psis(name: str, shown: Sequence[Drift], limit: float) -> str:
+def _psis(name: str, psis: Sequence[float | None], bad: Sequence[bool], limit: float) -> str:
     """PSI in each window as bars, with the pack's threshold."""
-    psis = [next((each.psi for each in drift.columns if each.name == name), None) for drift in shown]
     if len(psis) < 2 or not any(psi is not None for psi in psis):
         return ""
     top = max(limit * 1.6, *(psi for psi in psis if psi is not None))
     wide, tall = 320, 34
     step = wide / len(psis)
-
-    def violates(drift: Drift) -> bool:
-        return any((each.column, each.measure) == (name, "psi") for each in drift.violated)
-
     bars = "".join(
-        f'<rect class="{"bad" if violates(drift) else "good"}" x="{place * step + step * 0.1:.1f}" '
+        f'<rect class="{"bad" if off else "good"}" x="{place * step + step * 0.1:.1f}" '
         f'y="{tall - max(1.0, psi / top * tall):.1f}" width="{step * 0.8:.1f}" height="{max(1.0, psi / top * tall):.1f}"/>'
-        for place, (psi, drift) in enumerate(zip(psis, shown, strict=True))
+        for place, (psi, off) in enumerate(zip(psis, bad, strict=True))
         if psi is not None
     )
     line = f'<path class=limit d="M0 {tall - limit / top * tall:.1f}H{wide}"/>'

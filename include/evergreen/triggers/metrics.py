@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import sqlalchemy as sa
 from prometheus_client import CollectorRegistry, generate_latest
@@ -85,6 +86,8 @@ class Count:
     champion_since: datetime | None = None
     scores: dict[str, float] = field(default_factory=dict)
     """PSI by column in the newest window that the monitor compared with this champion."""
+    prediction_score: float | None = None
+    """The same of its predictions."""
     showed: str | None = None
     """What the newest look found."""
 
@@ -102,19 +105,30 @@ class Count:
             value = event.body["value"]
             self.showed = value["kind"] or "not compared"
             self.looks[self.showed] += 1
-            self.scores = value.get("scores") or self.scores  # a look of an older Evergreen kept none
+            self._add_scores(value)
         elif event.kind == "receipt":
             self.failing["monitor"] = False
         elif event.kind in ("promotion", "rollback"):
             if event.body["status"] in ("done", "foreign"):
                 if event.body["champion"] != self.champion:
-                    self.scores, self.showed = {}, None  # of another model
+                    self.scores, self.prediction_score, self.showed = {}, None, None  # of another model
                 self.champion, self.champion_since = event.body["champion"], event.at
         elif event.body["stage"] == "promote":
             self.failing["training"] = False
             self.verdicts[event.body["value"]["verdict"]["decision"]] += 1
         else:
             self._add_training(event)
+
+    def _add_scores(self, value: dict[str, Any]) -> None:
+        if not (
+            scores := dict(value.get("scores") or {})
+        ):  # nothing was compared; looks of an older Evergreen kept none
+            return
+        if "prediction_score" in value:
+            self.prediction_score = value["prediction_score"]
+        else:  # of a look that had predictions among the columns
+            self.prediction_score = scores.pop("prediction", None)
+        self.scores = scores
 
     def _add_failure(self, event: Event) -> None:
         look, stage = str(event.run_id).startswith(WATCH), event.body["stage"]
@@ -280,6 +294,11 @@ class Loop:
             "How far a column lies from what the champion was made from, in the newest window compared.",
             labels=("pack", "column"),
         )
+        predictions = GaugeMetricFamily(
+            "evergreen_prediction_psi",
+            "How far the predictions lie from those of the champion's hold-out, in the newest window compared.",
+            labels=("pack",),
+        )
         showed = GaugeMetricFamily(
             "evergreen_newest_look",
             "1 for the kind of change that the newest look showed, 0 for the others.",
@@ -288,11 +307,13 @@ class Loop:
         for pack, count in sorted(self.counts.items()):
             for column, score in sorted(count.scores.items()) if pack in self.packs else ():
                 scores.add_metric((pack, column), score)
+            if count.prediction_score is not None and pack in self.packs:
+                predictions.add_metric((pack,), count.prediction_score)
             for kind in SHOWN if count.showed and pack in self.packs else ():
                 showed.add_metric((pack, kind), kind == count.showed)
             for kind, number in sorted(count.looks.items()):
                 looks.add_metric((pack, kind), number)
-        yield from (looks, scores, showed)
+        yield from (looks, scores, predictions, showed)
 
     def _policy(self, pack: str) -> AdmissionPolicy | None:
         """The policy in force; None of a pack that is broken or gone."""

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from evergreen.monitoring.drift import (
     compare,
     triage,
 )
-from evergreen.monitoring.profiles import profile
+from evergreen.monitoring.profiles import column_profile, profile
 from evergreen.pack import Data, DriftRules, Gain, Pack
 from evergreen.run import Estimate, Importance, Window, canonical_json
 
@@ -414,6 +415,39 @@ def test_missing_values_count_from_the_most_of_the_references_own_windows():
         assert (("fault", "missing") in measures(drift)) == fault
 
 
+def scored(columns, predictions, start=START, days=30):
+    found = profile(pl.DataFrame(columns), start, start + days * DAY)
+    return replace(found, predictions=column_profile(pl.Series(predictions)))
+
+
+def test_predictions_and_a_column_of_that_name_are_told_apart():
+    """Each is beside its own past: the score of another model may stand still while the champion's predictions move."""
+    score, low, high = 1000 * normal(3000), normal(3000, 2, 0.2, 0.05), normal(3000, 3, 0.6, 0.05)
+    reference = scored({"prediction": score}, low)
+    still = compare(reference, scored({"prediction": score[::-1]}, low), RULES, DATA)
+    assert not still.violated
+    moved = compare(reference, scored({"prediction": score[::-1]}, high), RULES, DATA)
+    assert [each.rule for each in moved.violated] == [("prediction", None, "psi")]
+    assert (moved.by_name["prediction"].role, moved.by_name["prediction"].psi) == ("feature", 0)
+    assert (moved.predictions.role, moved.predictions.psi) == ("prediction", pytest.approx(moved.violated[0].value))
+    other = compare(reference, scored({"prediction": score + 2000}, low), RULES, DATA)
+    assert ("feature", "prediction", "psi") in other.rules
+    assert not [each for each in other.violated if each.kind == "prediction"]
+
+
+def test_a_stored_drift_that_has_predictions_among_its_columns_is_read():
+    """Their role tells them: a version that was registered so is watched on."""
+    now = compare(scored({"x": [1.0] * 50}, normal(50)), scored({"x": [1.0] * 50}, normal(50) + 9), RULES, DATA)
+    then = now.model_dump(mode="json")
+    then["columns"].append({**then.pop("predictions"), "name": "prediction"})
+    for each in then["violated"]:
+        each["column"] = "prediction" if each["kind"] == "prediction" else each["column"]
+    read = Drift.model_validate(then)
+    assert read.columns == now.columns
+    assert read.predictions.psi == now.predictions.psi > 1
+    assert read.rules == now.rules == {("prediction", None, "psi")}
+
+
 # Triage
 
 
@@ -423,15 +457,14 @@ def finding(kind: str, name: str | None = "x", measure: str = "psi") -> Finding:
 
 DROP = finding("performance", None, "drop")
 LEANS = finding("importance", None, "shift")
-MOVED, TARGET, PREDICTED = finding("feature"), finding("target", "late"), finding("prediction", "prediction")
+MOVED, TARGET, PREDICTED = finding("feature"), finding("target", "late"), finding("prediction", None)
 
 
 def week(number: int, *violated: Finding, now: float | None = None, predicted: bool = True, **reading) -> Drift:
     """The `number`th window, with what it violates; `now`: the champion's figure, where labels have arrived."""
     start = START + number * 7 * DAY
     columns = [ColumnDrift(**{"name": "x", "role": "feature", "kind": "number", "rows": 9} | NONE | reading)]
-    if predicted:
-        columns.append(ColumnDrift(name="prediction", role="prediction", kind="number", rows=9, **NONE))
+    predictions = ColumnDrift(name="predictions", role="prediction", kind="number", rows=9, **NONE)
     return Drift(
         start=start,
         end=start + 7 * DAY,
@@ -440,6 +473,7 @@ def week(number: int, *violated: Finding, now: float | None = None, predicted: b
         reference_end=START,
         reference_rows=99,
         columns=tuple(columns),
+        predictions=predictions if predicted else None,
         model_age_days=7 * number,
         newest_row_days=0,
         performance=None if now is None else performance(now),

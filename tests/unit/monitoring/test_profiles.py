@@ -1,9 +1,11 @@
 """Profiles say what the rows say: exactly where little is there, within the bound they name where much is."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 
@@ -12,10 +14,10 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from evergreen.errors import SourceError, StoreError
-from evergreen.monitoring.profiles import BUCKETS, NAMES, POINTS, Profile, merge, profile
+from evergreen.monitoring.profiles import BUCKETS, NAMES, POINTS, Profile, column_profile, merge, profile
 
 START = datetime(2013, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -271,8 +273,8 @@ def test_kinds_that_differ_are_not_merged():
 
 
 def test_a_column_that_some_days_lack_has_the_rows_of_the_others():
-    merged = merge([of(pl.DataFrame({"x": [1, 2]})), of(pl.DataFrame({"x": [3], "prediction": [0.5]}), 1)])
-    assert (merged.rows, merged.columns["x"].rows, merged.columns["prediction"].rows) == (3, 3, 1)
+    merged = merge([of(pl.DataFrame({"x": [1, 2]})), of(pl.DataFrame({"x": [3], "late": [0.5]}), 1)])
+    assert (merged.rows, merged.columns["x"].rows, merged.columns["late"].rows) == (3, 3, 1)
     assert (merged.start, merged.end) == (START, START + 2 * DAY)
 
 
@@ -402,13 +404,13 @@ def test_another_process_with_other_threads_makes_the_same_bytes(tmp_path):
     assert done.stdout.strip() == hashlib.sha256(of(everything()).to_bytes()).hexdigest()
 
 
-def test_the_format_of_version_1_does_not_change_unnoticed():
+def test_the_format_of_version_2_does_not_change_unnoticed():
     frame = pl.DataFrame(
         {"number": [float(key * key % 4099) for key in range(4099)], "name": [str(key % 9) for key in range(4099)]}
     )
     assert (
         hashlib.sha256(of(frame).to_bytes()).hexdigest()
-        == "79f06b24c81a2a499b93538bf232f96857a2e44ee1fa6772a727f3ae32096f68"
+        == "95baccceda263009b66b5b380e6aa6f2294f2c61ea062ea5887d42ef04d597e0"
     )
 
 
@@ -420,8 +422,51 @@ def test_bytes_that_are_no_profile_are_refused():
 
 
 def test_a_profile_of_another_version_is_refused_by_its_number():
-    with pytest.raises(StoreError, match="of version 2, where this Evergreen reads version 1"):
-        Profile.from_bytes(save({}, metadata={"evergreen.profile": '{"version": 2}'}))
+    told = {"version": 3, "start": START.isoformat(), "end": START.isoformat()}
+    with pytest.raises(StoreError, match="of version 3, where this Evergreen reads versions up to 2"):
+        Profile.from_bytes(save({}, metadata={"evergreen.profile": json.dumps(told)}))
+
+
+def of_both(column, predictions):
+    """The profile of a column called `prediction`, and of predictions beside it."""
+    made = of(pl.DataFrame({"prediction": column, "x": [float(each) for each in range(len(column))]}))
+    return replace(made, predictions=column_profile(pl.Series(predictions)))
+
+
+def test_predictions_are_apart_from_a_column_of_that_name():
+    """Stored, read again and merged, either keeps its own values; so does a profile without predictions."""
+    one, two = of_both([700.0, 800.0], [0.25, 0.5]), of_both([900.0], [0.75])
+    for whole in (merge([one, two]), Profile.from_bytes(merge([one, two]).to_bytes())):
+        assert list(whole.columns) == ["prediction", "x"]
+        assert whole.columns["prediction"].values.tolist() == [700.0, 800.0, 900.0]
+        assert whole.predictions.values.tolist() == [0.25, 0.5, 0.75]
+    without = merge([one, of(pl.DataFrame({"prediction": [5.0], "x": [1.0]}))])
+    assert (without.rows, without.columns["prediction"].rows, without.predictions.rows) == (3, 3, 2)
+    assert Profile.from_bytes(of(pl.DataFrame({"x": [1]})).to_bytes()).predictions is None
+
+
+def test_a_profile_read_column_by_column_is_the_same(tmp_path):
+    """What is merged from files, one column of all of them at a time, has the bytes of what is merged in memory."""
+    made = [of_both([700.0, float(day)], [0.25, day / 10]) for day in range(3)]
+    for day, each in enumerate(made):
+        (tmp_path / str(day)).write_bytes(each.to_bytes())
+    assert merge(Profile.from_file(tmp_path / str(day)) for day in range(3)).to_bytes() == merge(made).to_bytes()
+    (tmp_path / "0").write_bytes(made[0].to_bytes()[:-1])
+    with pytest.raises(StoreError, match="that should be a profile are none"):
+        Profile.from_file(tmp_path / "0")
+
+
+def test_the_predictions_of_a_profile_of_version_1_are_read_from_its_column():
+    """Its other columns are as they were; registered versions have such profiles for as long as they are kept."""
+    content = of(pl.DataFrame({"prediction": [0.25, 0.5], "x": [1.0, 2.0]})).to_bytes()
+    told = json.loads(
+        json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["evergreen.profile"]
+    )
+    del told["predictions"]
+    found = Profile.from_bytes(save(load(content), metadata={"evergreen.profile": json.dumps(told | {"version": 1})}))
+    assert list(found.columns) == ["x"]
+    assert found.columns["x"].values.tolist() == [1.0, 2.0]
+    assert found.predictions.values.tolist() == [0.25, 0.5]
 
 
 @pytest.mark.prove

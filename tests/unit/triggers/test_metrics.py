@@ -220,7 +220,13 @@ def test_a_pack_without_events_is_there(settings, database):
 
 def test_of_a_pack_that_is_gone_nothing_is_overdue(settings, database):
     """What it did stays counted; nobody is called to a training that will never come, or a failure that nobody can end."""
-    overdue = {"evergreen_days_since_training", "evergreen_failing", "evergreen_drift_psi", "evergreen_newest_look"}
+    overdue = {
+        "evergreen_days_since_training",
+        "evergreen_failing",
+        "evergreen_drift_psi",
+        "evergreen_prediction_psi",
+        "evergreen_newest_look",
+    }
     live(database)
     assert not overdue & {key[0] for key in samples(settings)}
     assert samples(settings)["evergreen_runs_total", "more"] == 1
@@ -263,7 +269,7 @@ def live(database):
         database.append("more", "promotion", {"status": status, "champion": 4, "version": 4}, run_id="one")
     promoted = {"stage": "promote", "value": {"verdict": {"decision": "promote"}, "champion": 4}}
     database.append("more", "stage", promoted, run_id="one")
-    look = {"stage": "monitor", "value": {"kind": "quiet", "scores": {"seats": 0.25}}}
+    look = {"stage": "monitor", "value": {"kind": "quiet", "scores": {"seats": 0.25}, "prediction_score": 0.5}}
     database.append("more", "drift", look, run_id="watch__one")
 
 
@@ -351,6 +357,20 @@ def test_drift_is_told_by_column_until_the_next_look_that_compares(settings, dat
     live(database)
     database.append("more", "drift", {"stage": "monitor", "value": {"kind": None, "scores": {}}}, run_id="watch__two")
     assert samples(settings)["evergreen_drift_psi", "seats", "more"] == 0.25
+    assert samples(settings)["evergreen_prediction_psi", "more"] == 0.5
+
+
+def test_a_look_that_has_predictions_among_its_columns_is_counted(settings, database):
+    """As looks were written once; of those since, a column called `prediction` is a column."""
+    write_pack(settings, "more")
+    for place, (more, psis) in enumerate([({}, (0.4, None)), ({"prediction_score": 0.1}, (0.1, 0.4))]):
+        value = {"kind": "quiet", "scores": {"seats": 0.25, "prediction": 0.4}, **more}
+        database.append("more", "drift", {"stage": "monitor", "value": value}, run_id=f"watch__{place}")
+        found = samples(settings)
+        assert (
+            found["evergreen_prediction_psi", "more"],
+            found.get(("evergreen_drift_psi", "prediction", "more")),
+        ) == psis
 
 
 def test_drift_and_what_a_look_showed_are_of_the_champion_in_use(settings, database):
@@ -364,7 +384,7 @@ def test_drift_and_what_a_look_showed_are_of_the_champion_in_use(settings, datab
     }
     assert found["evergreen_drift_psi", "seats", "more"] == 0.25
     database.append("more", "promotion", {"status": "done", "champion": 5, "version": 5}, run_id="two")
-    assert not [key for key in samples(settings) if key[0] in ("evergreen_newest_look", "evergreen_drift_psi")]
+    assert not [key for key in samples(settings) if "_psi" in key[0] or key[0] == "evergreen_newest_look"]
 
 
 def test_the_text_is_as_prometheus_wants_it(settings, database):
@@ -393,6 +413,7 @@ def test_the_text_is_as_prometheus_wants_it(settings, database):
         "evergreen_training_seconds": "counter",
         "evergreen_training_samples_per_second": "gauge",
         "evergreen_drift_psi": "gauge",
+        "evergreen_prediction_psi": "gauge",
         "evergreen_newest_look": "gauge",
     }
     for name, family in families.items():
