@@ -83,7 +83,8 @@ def _instant(value: object) -> object:
     raise ValueError("is not a time: write 2013-04-01 or 2013-04-01T06:00:00+00:00")
 
 
-def _duration_text(value: timedelta) -> str:
+def duration_text(value: timedelta) -> str:
+    """A duration as pack.yaml writes it, in the largest whole unit."""
     seconds = int(value.total_seconds())
     for unit in ("d", "h", "m"):
         if seconds and seconds % UNITS_S[unit] == 0:
@@ -112,7 +113,7 @@ def _flag(value: object) -> object:
 
 
 Flag = Annotated[bool, BeforeValidator(_flag)]
-Duration = Annotated[timedelta, BeforeValidator(_duration), PlainSerializer(_duration_text, return_type=str)]
+Duration = Annotated[timedelta, BeforeValidator(_duration), PlainSerializer(duration_text, return_type=str)]
 Instant = Annotated[datetime, BeforeValidator(_instant)]
 
 
@@ -792,7 +793,7 @@ def _agrees(file: Path, pack: Pack, lines: Mapping[Location, int]) -> None:
     if pack.triggers.drift is not None and pack.triggers.drift.reach > pack.data.whole:
         where = ("triggers", "drift")
         line = lines.get((*where, "window"), lines.get((*where, "violated"), lines.get(where, 1)))
-        reach, whole = (_duration_text(each) for each in (pack.triggers.drift.reach, pack.data.whole))
+        reach, whole = (duration_text(each) for each in (pack.triggers.drift.reach, pack.data.whole))
         raise PackError(
             f"{file}:{line}: triggers.drift: its windows reach {reach} back, and a run reads {whole} of data",
             fix="shorten window, look at fewer by violated, or make data.train longer",

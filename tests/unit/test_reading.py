@@ -1,16 +1,19 @@
 """What a look at a source is known by: the pack's words and where its connection leads."""
 
-from datetime import UTC, datetime
+import re
+from datetime import UTC, datetime, timedelta
 
+import pandas as pd
 import polars as pl
 import pytest
 import sqlalchemy as sa
 
 from evergreen import keys, stages
+from evergreen.data import partitions
 from evergreen.data.store import Store
-from evergreen.errors import SourceError
+from evergreen.errors import SourceError, StageError
 from evergreen.pack import load
-from evergreen.run import Connection
+from evergreen.run import Connection, Window
 from evergreen.settings import Settings
 from evergreen.work import manifest_of
 
@@ -163,3 +166,113 @@ def test_a_new_day_of_a_csv_takes_the_known_types(ingest):
         ingest("fourth", 8, {**numbers, 7: "A7"})
     assert "run once with --force" in caught.value.fix
     assert ingest("fifth", 8, {**numbers, 7: "A7"}, force=True).columns["code"] == "string"
+
+
+# Windows without rows: the advice is followed, and the run goes on.
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """A pack over daily rows, and a function that ingests and snapshots them with `data` in its pack.yaml."""
+    folder = tmp_path / "packs" / "flood"
+    folder.mkdir(parents=True)
+    (folder / "model.py").write_text("")
+    settings = Settings.from_env({"EVERGREEN_HOME": str(tmp_path / "home"), "EVERGREEN_PACKS": str(tmp_path / "packs")})
+
+    def look(run_id, days, as_of, kind="run", expectations="", **data):
+        written = "".join(f", {name}: {value}" for name, value in data.items())
+        text = CSV_PACK.replace(", train: 2d, validation: 1d, holdout: 1d", written) + expectations
+        (folder / "pack.yaml").write_text(text)
+        lines = [f"2024-01-{day:02} 0{hour}:00,{hour},{day}" for day in days for hour in (0, 1)]
+        (folder / "heights.csv").write_text("\n".join(["seen_at,flooded,day", *lines, ""]))
+        at = datetime(2024, 1, as_of, tzinfo=UTC)
+        run = keys.begin(
+            settings, load(settings.packs, "flood"), run_id, as_of=at, scheduled=at, reason="a test", kind=kind
+        )
+        value = stages.ingest(run)
+        validated = stages.validate(run, value)
+        return stages.snapshot(run, value, validated) if kind == "run" else value
+
+    return look
+
+
+WEEKS = [day for day in range(1, 20) if day % 7]
+"""Nineteen days from Monday 2024-01-01 on, without Sundays."""
+
+
+def test_an_empty_sunday_is_bridged_as_advised(shop):
+    """Monday's run has Sunday to choose by: the advice is the length that reaches back to Saturday."""
+    windows = {"train": "3d", "validation": "1d", "holdout": "1d"}
+    with pytest.raises(
+        SourceError, match="the validation window 2024-01-14 00:00 … 2024-01-15 00:00 is empty"
+    ) as caught:
+        shop("refused", WEEKS, 16, **windows)
+    advised = re.match(r"write validation: (\w+) under data in pack.yaml", caught.value.fix)[1]
+    assert advised == "2d"
+    snapshot = shop("mended", WEEKS, 16, **{**windows, "validation": advised})
+    assert (snapshot.windows.validation.start.day, snapshot.rows) == (13, 2 * 5)
+
+
+def test_the_monitor_needs_no_rows_to_train_on(shop):
+    """A look reads the same source: an empty Sunday in a window of a training is no fault of the data."""
+    assert shop("watched", WEEKS, 16, kind="watch", train="3d", validation="1d", holdout="1d").rows == 2 * 4
+
+
+@pytest.mark.parametrize("mended", [{"validation": "1d", "holdout": "1d"}, {"train": "20d"}])
+def test_windows_without_rows_to_train_on_are_mended_as_advised(shop, mended):
+    """A source that began three days ago: shorter windows, or a longer one where it has older rows, leave some to train on."""
+    windows = {"train": "2d", "validation": "2d", "holdout": "2d"}
+    with pytest.raises(SourceError, match=r"the train window .* is empty") as caught:
+        shop("refused", [1, 16, 17, 18], 19, **windows)
+    assert "shorten data.validation or data.holdout, so that rows since 2024-01-16 00:00 are left" in caught.value.fix
+    assert "make data.train longer" in caught.value.fix
+    assert shop("mended", [1, 16, 17, 18], 19, **{**windows, **mended}).rows >= 6
+
+
+def test_a_window_that_quarantine_emptied_is_refused(shop):
+    """All rows of the hold-out fail an expectation: the training has nothing to be judged on, and the advice bridges it."""
+    rule = "expectations: [{expect_column_values_to_be_between: {column: day, max_value: 5}}]\n"
+    windows = {"train": "3d", "validation": "1d", "holdout": "1d", "quarantine": "0.5"}
+    with pytest.raises(SourceError, match=r"the holdout window .* is empty") as caught:
+        shop("refused", range(1, 7), 7, expectations=rule, **windows)
+    advised = re.match(r"write holdout: (\w+) under data in pack.yaml", caught.value.fix)[1]
+    snapshot = shop("mended", range(1, 7), 7, expectations=rule, **{**windows, "holdout": advised})
+    assert (snapshot.windows.holdout.start.day, snapshot.rows) == (5, 2 * 5)
+
+
+def test_pandas_empty_frame_is_a_period_without_rows(tmp_path):
+    """`pandas.DataFrame()`, which a Python source returns for an empty Sunday, has no columns that could be wrong."""
+    rows = pl.DataFrame({"t": [datetime(2024, 1, 1, tzinfo=UTC)], "y": [1]})
+    frames = [pd.DataFrame(), rows, pd.DataFrame(), pl.DataFrame()]
+    window = Window(start=datetime(2024, 1, 1, tzinfo=UTC), end=datetime(2024, 1, 2, tzinfo=UTC))
+    written = partitions.write(
+        frames, window=window, partition="day", event_time="t", target="y", folder=tmp_path, origin="a test"
+    )
+    assert [file.rows for file in written.files] == [1]
+
+
+# Rows are counted at each border.
+
+
+def test_rows_that_a_stage_would_lose_stop_the_run(shop, tmp_path):
+    """Between validation and snapshot, and between the snapshot and its windows."""
+    shop("whole", WEEKS, 13, train="3d", validation="1d", holdout="1d")
+    settings = Settings.from_env({"EVERGREEN_HOME": str(tmp_path / "home"), "EVERGREEN_PACKS": str(tmp_path / "packs")})
+    at = datetime(2024, 1, 13, tzinfo=UTC)
+    run = keys.begin(settings, load(settings.packs, "flood"), "short", as_of=at, scheduled=at, reason="a test")
+    ingested = stages.ingest(run)
+    validated = stages.validate(run, ingested)
+    fewer = manifest_of(Store(settings), validated.manifest)
+    fewer = fewer.model_copy(update={"partitions": fewer.partitions[1:]})
+    short = validated.model_copy(update={"manifest": Store(settings).put_json(fewer.model_dump(mode="json"))})
+    with pytest.raises(StageError, match="the snapshot: 8 rows of 10 rows arrived"):
+        stages.snapshot(run, ingested, short)
+    narrow = ingested.windows.model_copy(update={"holdout": Window(start=at, end=at + timedelta(days=1))})
+    late = ingested.model_copy(update={"windows": narrow})
+    with pytest.raises(SourceError, match="the holdout window"):
+        stages.snapshot(run, late, validated)
+    early = ingested.windows.model_copy(
+        update={"train": Window(start=at - timedelta(days=4), end=at - timedelta(days=2))}
+    )
+    with pytest.raises(StageError, match="the windows: 8 rows of 10 rows arrived"):
+        stages.snapshot(run, ingested.model_copy(update={"windows": early}), validated)

@@ -28,7 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evergreen.errors import SourceError, nearest
+from evergreen.errors import SourceError, StageError, nearest
 from evergreen.pack import Partition
 from evergreen.run import Manifest, PartitionFile, Window, count, floor, period_name, periods, step
 
@@ -96,17 +96,32 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     spill = _Spill(folder / "spill", partition, event_time)
     columns: list[str] = []
+    rows, nulls, first = 0, 0, ""
     for number, raw in enumerate(frames, start=1):
         where = f"{origin}: frame {number}"
         frame = _to_polars(raw, where)
+        if not frame.width:  # pandas' empty frame: a period without rows
+            continue
         require_columns(frame.columns, (event_time, target), where)
         same_columns(columns or frame.columns, frame.columns, where)
         columns = columns or frame.columns
         frame = with_event_time(frame, event_time, where)
+        missing = frame[event_time].is_null()
+        if missing.any() and not nulls:
+            first = f"frame {number} at position {missing.arg_max()}"
+        rows, nulls = rows + frame.height, nulls + int(missing.sum())
+        if nulls:
+            continue  # no row is kept, and all are counted
         _refuse_stray_times(frame, event_time, window, where)
         frame = _canonical(frame.select(event_time, *sorted(set(columns) - {event_time})), where)
         if frame.height:
             spill.add(frame)
+    if nulls:
+        raise SourceError(
+            f"{origin}: event_time {event_time!r} is null in {count(nulls, 'row')}, the first in {first}",
+            fix="fill it in the source, or leave those rows out there; those of a table by a source.query that ends in "
+            f"WHERE {event_time} IS NOT NULL",
+        )
     files: list[File] = []
     types: dict[str, str] = {}
     rounded: dict[str, Inexact] = {}
@@ -117,6 +132,7 @@ def write(
             types = agree(types, found, where)
             rounded = {name: Inexact(where, value) for name, value in values.items()} | rounded
     require_exact(types, rounded)
+    require_all_rows(f"{origin}: partitions", rows, sum(file.rows for file in files))
     shutil.rmtree(folder / "spill", ignore_errors=True)
     return Written(files=tuple(sorted(files, key=lambda file: file.period)), columns=types, inexact=rounded)
 
@@ -190,6 +206,8 @@ def merge(
             late.append(period)
         if now is not None:
             merged[period] = before if before is not None and before.identity == now.identity else now
+    kept = [merged[period] for period in new if period in merged]
+    require_all_rows(f"dataset {dataset}", sum(part.rows for part in new.values()), sum(part.rows for part in kept))
     types = dict(columns)
     if known is not None and old:
         first = period_name(min(new), partition) if new else "nothing"
@@ -267,6 +285,15 @@ def _whole(window: Window, partition: Partition) -> Window:
 
 
 # Checks that sources and partitions share.
+
+
+def require_all_rows(place: str, before: int, after: int) -> None:
+    """Raise StageError where rows were lost or gained on the way: a fault of Evergreen, never of the data."""
+    if before != after:
+        raise StageError(
+            f"{place}: {count(after, 'row')} of {count(before, 'row')} arrived",
+            fix="this is a fault of Evergreen: report it with the run's id; the champion stays as it was",
+        )
 
 
 def require_columns(found: Iterable[str], wanted: Iterable[str], where: str) -> None:
@@ -381,13 +408,6 @@ def no_times(where: str, event_time: str, rows: int, example: object, what: str 
 def _refuse_stray_times(frame: pl.DataFrame, event_time: str, window: Window, where: str) -> None:
     import polars as pl
 
-    nulls = frame[event_time].null_count()
-    if nulls:
-        first = frame[event_time].is_null().arg_max()
-        raise SourceError(
-            f"{where}: event_time {event_time!r} is null in {count(nulls, 'row')}, the first at position {first}",
-            fix="fill it in the source, or leave those rows out there",
-        )
     column = pl.col(event_time)
     stray = frame.filter((column < window.start) | (column >= window.end))
     if stray.height:

@@ -196,6 +196,10 @@ def validate(pack: Pack, manifest: Manifest, store: Store, known: Mapping[str, R
         or (known[part.identity] if local else Record(rows=part.rows, clean=part))
         for part in manifest.partitions
     }
+    for part in manifest.partitions:
+        record = kept[part.identity]
+        place = f"{pack.name} {period_name(part.period, manifest.partition)}: rows clean and in quarantine"
+        partitions.require_all_rows(place, part.rows, (record.clean.rows if record.clean else 0) + record.quarantined)
     totals = {rule: _total(record.counts[n] for record in kept.values()) for n, rule in enumerate(local)}
     set_aside = sum(record.quarantined for record in kept.values())
     too_many = set_aside > pack.data.quarantine * manifest.rows

@@ -798,6 +798,8 @@ def _arrival(reference: Profile, window: Profile, data: Data, chance: float) -> 
     few = window.rows < PACE * expected and math.exp(-expected) < chance
     if few or not window.rows:
         sentence = f"{count(window.rows, 'row')}, {expected:.0f} at the pace of before: did the source stop?"
+        if not window.rows:
+            sentence += " Where such gaps are usual, make triggers.drift.window in pack.yaml longer than they are"
         yield _fault(None, "rows", window.rows, PACE * expected, sentence)
     silence = _silence(window, data)
     most = data.max_staleness.total_seconds() / 86400

@@ -14,12 +14,12 @@ from typing import Any
 
 from evergreen import database as db
 from evergreen import looks, reports
-from evergreen.data import validation
+from evergreen.data import partitions, validation
 from evergreen.data.store import Store
 from evergreen.errors import StageError
 from evergreen.evaluation import gate
 from evergreen.evaluation.report import description
-from evergreen.keys import code_hash, note, perform, recorded
+from evergreen.keys import WATCH, code_hash, note, perform, recorded
 from evergreen.pack import CsvSource, GateRules, Pack
 from evergreen.registry import approval, ledger, lineage, promotion
 from evergreen.registry.models import ModelVersion, Registry
@@ -88,7 +88,8 @@ def ingest(run: Run) -> Ingested:
             manifest, late_before, unchanged = reading.observe(run, store, before, windows.whole)
             late = tuple(sorted({*late, *late_before}))
             note_text = f"the data ends at {until:%Y-%m-%d %H:%M}, before as-of {run.as_of:%Y-%m-%d %H:%M}"
-        reading.require_rows(run, manifest, windows)
+        if not run.id.startswith(WATCH):  # the monitor trains nothing: it needs rows in its own windows alone
+            reading.require_rows(run, manifest, windows)
         ref = store.put_json(manifest.model_dump(mode="json"))
         store.push([part.object for part in manifest.partitions] + [ref])
         return Ingested(
@@ -161,6 +162,10 @@ def snapshot(run: Run, ingested: Ingested, validated: Validated) -> Snapshot:
 
     def act() -> Snapshot:
         manifest = manifest_of(store, validated.manifest)
+        partitions.require_all_rows(
+            f"{pack.name}: the snapshot", validated.rows_checked - validated.rows_quarantined, manifest.rows
+        )
+        reading.require_rows(run, manifest, ingested.windows)
         reading.require_target(run, store, manifest, ingested.windows)
         files = {f"{period_name(part.period, manifest.partition)}.parquet": part.object for part in manifest.partitions}
         commit = store.commit(

@@ -13,7 +13,7 @@ from evergreen.data import partitions, sources
 from evergreen.data.store import Store
 from evergreen.errors import SourceError, StaleDataError
 from evergreen.keys import WATCH, note, on_the_clock
-from evergreen.pack import PythonSource
+from evergreen.pack import PythonSource, duration_text
 from evergreen.run import Manifest, PartitionFile, Ref, Run, Window, Windows, count, period_name, step
 from evergreen.training import jobs
 from evergreen.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
@@ -241,14 +241,31 @@ def require_past(run: Run) -> None:
 
 
 def require_rows(run: Run, manifest: Manifest, windows: Windows) -> None:
+    """Raise SourceError for a window of a training without rows, and StageError for rows that lie in no window."""
+    data = run.pack.data
+    kept = 0
     for name in ("train", "validation", "holdout"):
         window: Window = getattr(windows, name)
-        if not manifest.within(window):
-            raise SourceError(
-                f"pack {run.pack.name}: the {name} window {window} is empty; the source has rows in "
-                f"{count(len(manifest.partitions), 'partition')}, the first at {manifest.partitions[0].period:%Y-%m-%d}",
-                fix=f"give a later --as-of, or shorten data.{name} or data.train in pack.yaml",
+        parts = manifest.within(window)
+        kept += sum(part.rows for part in parts)
+        if parts:
+            continue
+        first = manifest.partitions[0].period if manifest.partitions else window.end
+        earlier = [part.period for part in manifest.partitions if part.period < window.start]
+        if earlier:
+            longer = duration_text(window.end - earlier[-1])
+            fix = f"write {name}: {longer} under data in pack.yaml: it reaches back to {earlier[-1]:%Y-%m-%d %H:%M}, which has rows"
+        else:
+            fix = (
+                f"shorten data.validation or data.holdout, so that rows since {first:%Y-%m-%d %H:%M} are left to train on; "
+                f"where the source has older rows, make data.{name} longer; or wait for more rows"
             )
+        raise SourceError(
+            f"pack {run.pack.name}: the {name} window {window} is empty (data.{name} is {duration_text(getattr(data, name))}); "
+            f"there are rows in {count(len(manifest.partitions), 'partition')}, the first at {first:%Y-%m-%d %H:%M}",
+            fix=fix,
+        )
+    partitions.require_all_rows(f"pack {run.pack.name}: the windows", manifest.rows, kept)
 
 
 def require_target(run: Run, store: Store, manifest: Manifest, windows: Windows) -> None:

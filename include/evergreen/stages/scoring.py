@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evergreen import columns, looks
 from evergreen import database as db
+from evergreen.data import partitions
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError
 from evergreen.pack import GateRules
@@ -87,7 +88,11 @@ def holdout_rows(
                     f"gate: a rule is by {name!r}, and the hold-out rows have no such column",
                     fix=f"name one of: {', '.join(list(there)[:12])}",
                 )
-    return [(part, columns.read(store.path(part.object), wanted)) for part in parts]
+    rows = [(part, columns.read(store.path(part.object), wanted)) for part in parts]
+    partitions.require_all_rows(
+        "the hold-out", sum(part.rows for part in parts), sum(frame.height for _, frame in rows)
+    )
+    return rows
 
 
 def classes_in(store: Store, snapshot: Snapshot, task: str, target: str) -> Classes:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evergreen.data import partitions
-from evergreen.errors import SourceError
+from evergreen.errors import SourceError, StageError
 from evergreen.run import Manifest, PartitionFile, Ref, Window
 
 START = datetime(2013, 1, 1, tzinfo=UTC)
@@ -441,3 +441,16 @@ def test_types_of_known_and_new_agree():
     read = [Window(start=day(1), end=day(2))]
     merged, _, _ = merge(known, [part(1, "i1")], read, columns={"t": "datetime", "y": "string", "x": "float"})
     assert merged.columns == {"t": "datetime", "y": "string", "x": "float"}
+
+
+def test_rows_of_a_period_that_was_not_asked_for_are_not_lost():
+    """A partition outside of what was read is a fault of ours, and no reason to leave its rows out."""
+    with pytest.raises(StageError, match="dataset flights: 1 row of 2 rows arrived"):
+        merge(manifest(0), [part(1, "i1"), part(5, "i5")], [Window(start=day(1), end=day(2))])
+
+
+def test_nulls_are_counted_over_all_frames(tmp_path):
+    """The whole number, and where the first is."""
+    frames = [pl.DataFrame({"t": times, "y": [1, 1]}) for times in ([day(0), day(1)], [day(1), None], [None, day(2)])]
+    with pytest.raises(SourceError, match="'t' is null in 2 rows, the first in frame 2 at position 1"):
+        write(frames, tmp_path)

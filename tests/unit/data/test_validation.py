@@ -14,7 +14,7 @@ import yaml
 
 from evergreen.data import partitions, validation
 from evergreen.data.store import Store
-from evergreen.errors import PackError, ValidationError
+from evergreen.errors import PackError, StageError, ValidationError
 from evergreen.pack import Pack
 from evergreen.run import Manifest, PartitionFile, Window
 from evergreen.settings import Settings
@@ -414,6 +414,17 @@ def test_a_set_of_times_is_compared_as_times(store, tmp_path):
     among = ("expect_column_values_to_not_be_in_set", {"column": "t", "value_set": ["2013-01-01T05:00:00"]})
     outcome = validate(pack(among, quarantine=0.5), rows(0), store, tmp_path)
     assert outcome.validated.rows_quarantined == 1
+
+
+def test_rows_neither_clean_nor_in_quarantine_stop_the_run(store, tmp_path):
+    """A record that accounts for fewer rows than its partition has is a fault of ours, not a smaller dataset."""
+    expected = pack(POSITIVE, quarantine=0.5)
+    first = validate(expected, rows(0, x=[-1.0, *range(1, 24)]), store, tmp_path)
+    ((identity, record),) = known(first, store).items()
+    assert (record.clean.rows, record.quarantined) == (23, 1)
+    lost = {identity: record.model_copy(update={"quarantined": 0})}
+    with pytest.raises(StageError, match="rows clean and in quarantine: 23 rows of 24 rows arrived"):
+        validate(expected, rows(0, x=[-1.0, *range(1, 24)]), store, tmp_path, lost)
 
 
 # What stops the run.
