@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -88,6 +88,9 @@ undecided = sa.Table(
 
 WAIT_S = 30
 """How long a transaction waits for its turn to write before it gives up."""
+
+PATIENCE_S = 1.0
+"""Whoever waits longer than this for a lease or a lock says what for."""
 
 HOME = "-home-"
 """The chain of what concerns no single pack; no pack can have this name."""
@@ -355,16 +358,28 @@ class Database:
         return found[0].at
 
     @contextlib.contextmanager
-    def lease(self, name: str, holder: str, *, ttl_s: float = 30.0, wait_s: float = 0.0) -> Iterator[None]:
+    def lease(
+        self,
+        name: str,
+        holder: str,
+        *,
+        ttl_s: float = 30.0,
+        wait_s: float = 0.0,
+        waits: Callable[[str], None] = lambda _holder: None,
+    ) -> Iterator[None]:
         """Hold the lease `name` while the block runs; renewed meanwhile, free again `ttl_s` after a sudden death.
 
-        A second holder waits up to `wait_s`, then gets LeaseHeldError. The same `holder` takes its lease over at once:
-        it is the retry of an attempt that died.
+        A second holder waits up to `wait_s`, then gets LeaseHeldError; after a moment `waits` is called with the first.
+        The same `holder` takes its lease over at once: it is the retry of an attempt that died.
         """
         token = uuid.uuid4().hex
-        deadline = time.monotonic() + wait_s
+        began, waiting = time.monotonic(), False
         while (other := self._take(name, holder, token, ttl_s)) is not None:
-            if time.monotonic() >= deadline:
+            waited_s = time.monotonic() - began
+            if waited_s > PATIENCE_S and not waiting:
+                waits(other)
+                waiting = True
+            if waited_s >= wait_s:
                 raise LeaseHeldError(
                     f"{name}: {other} is acting",
                     fix=f"wait until it has finished; its lease ends {ttl_s:.0f} s after it dies",

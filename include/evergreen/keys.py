@@ -41,7 +41,7 @@ WATCH = "watch__"
 LOOK_WAIT_S = 60.0
 """How long a look waits for the pack to be free: twice a dead one's lease. Another look comes by its own schedule."""
 
-State = Literal["running", "progress", "done", "skipped", "failed"]
+State = Literal["running", "waiting", "progress", "done", "skipped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,12 @@ def perform(
     began = time.monotonic()
     wait_s = LOOK_WAIT_S if run.id.startswith(WATCH) else run.pack.training.timeout.total_seconds()
     note(run, stage, "running")
-    with _alone_here(run, wait_s), database.lease(f"stage:{run.pack.name}", run.id, wait_s=wait_s):
+
+    def waits(holder: str) -> None:
+        note(run, stage, "waiting", f"waits for {holder}: one stage of {run.pack.name} acts at a time")
+
+    lease = database.lease(f"stage:{run.pack.name}", run.id, wait_s=wait_s, waits=waits)
+    with _alone_here(run, wait_s, waits), lease:
         before = database.latest(run.pack.name, kind=kind, key=key)
         if before is not None and (before.run_id == run.id or not run.force):
             known = _value(result, before)
@@ -202,22 +207,26 @@ def recorded(stage: Callable[Concatenate[Run, P], V]) -> Callable[Concatenate[Ru
 
 
 @contextmanager
-def _alone_here(run: Run, wait_s: float) -> Iterator[None]:
+def _alone_here(run: Run, wait_s: float, waits: Callable[[str], None]) -> Iterator[None]:
     """Held by one process of this machine at a time for each pack, and free the moment that process dies.
 
     The lease is a run's, so that the retry of a killed attempt need not wait until it ends; this keeps a retry from
-    taking the lease of an attempt that lives.
+    taking the lease of an attempt that lives. After a moment `waits` is called with the run that holds it.
     """
     run.settings.jobs.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_s
+    began, waiting = time.monotonic(), False
     with (run.settings.jobs / f".{run.pack.name}.lock").open("w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() >= deadline:
+                waited_s = time.monotonic() - began
+                if waited_s >= wait_s or (waited_s > db.PATIENCE_S and not waiting):
                     holder = db.connect(run.settings.database_url).holder(f"stage:{run.pack.name}") or "another run"
+                    waits(holder)
+                    waiting = True
+                if waited_s >= wait_s:
                     raise LeaseHeldError(
                         f"pack {run.pack.name}: {holder} is acting, in a process of this machine that holds {file.name}",
                         fix=f"wait until it has finished, or end it: `fuser {file.name}` names it",

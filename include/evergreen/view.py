@@ -65,7 +65,7 @@ class RunView:
         """Take in what is said of a stage."""
         self.began.setdefault(said.stage, time.monotonic())
         self.lines[said.stage] = said
-        if self.plain and said.state in ("done", "skipped", "failed"):
+        if self.plain and said.state in MARKS:
             self.console.print(_line(said))
 
     def follow(self, history: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ class RunView:
     def _render(self) -> Group:
         rows: list[Any] = []
         for stage, said in list(self.lines.items()):
-            if said.state in ("running", "progress"):
+            if said.state in ("running", "waiting", "progress"):
                 seconds = time.monotonic() - self.began[stage]
                 bar = f"{said.fraction:4.0%} " if said.fraction is not None else ""
                 rows.append(Spinner("dots", Text(f"{stage:<9} {bar}{said.text}  {seconds:.0f} s", style="cyan")))
@@ -94,7 +94,7 @@ class RunView:
         return Group(*rows)
 
 
-MARKS = {"done": ("✓", "green"), "skipped": ("≡", "blue"), "failed": ("✗", "red")}
+MARKS = {"waiting": ("…", "yellow"), "done": ("✓", "green"), "skipped": ("≡", "blue"), "failed": ("✗", "red")}
 
 
 def _line(said: Note) -> Text:

@@ -19,7 +19,7 @@ def up(as_json: AsJson = False) -> None:
 
     settings = Settings.from_env()
     addresses = {}
-    for name, address in embedded.up(settings):
+    for name, address in embedded.up(settings, lambda text: typer.echo(text, err=True)):
         addresses[name] = address
         if not as_json:
             out().print(f"[bold]{name:<8}[/] {address}")

@@ -54,19 +54,26 @@ def _execute(settings: Settings, pack: Pack, conf: dict[str, Any], view: RunView
     """Through the scheduler where one runs on this home, else in this process, with Airflow's own log in a file."""
     from evergreen.orchestration import embedded
 
+    with embedded.turn(settings, lambda text: typer.echo(text, err=True)) as through_airflow:
+        if not through_airflow:
+            return _in_process(settings, pack, conf, view)
+    database = db.connect(settings.database_url)
+
+    def follow(run_id: str) -> None:
+        if database.latest(pack.name, kind="run", run_id=run_id):  # written by its first task
+            view.follow(history_of(database, run_id, pack.name))
+
+    with view.live():
+        finished = embedded.run_through_scheduler(settings, pack.name, conf, follow)
+    return settings.home / "airflow" / "logs" / f"dag_id={pack.name}__train" / f"run_id={finished.run_id}", finished
+
+
+def _in_process(settings: Settings, pack: Pack, conf: dict[str, Any], view: RunView) -> tuple[Path, Any]:
+    from evergreen.orchestration import embedded
+
     logs = settings.home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    if "airflow" in embedded.services(settings):
-        database = db.connect(settings.database_url)
-
-        def follow(run_id: str) -> None:
-            if database.latest(pack.name, kind="run", run_id=run_id):  # written by its first task
-                view.follow(history_of(database, run_id, pack.name))
-
-        with view.live():
-            finished = embedded.run_through_scheduler(settings, pack.name, conf, follow)
-        return settings.home / "airflow" / "logs" / f"dag_id={pack.name}__train" / f"run_id={finished.run_id}", finished
-    log_file = logs / f"run-{pack.name}-{time.strftime('%Y%m%dT%H%M%S')}.log"
+    log_file = logs / f"run-{pack.name}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
     with log_file.open("w", encoding="utf-8") as log, view.live(), _output_to(log):
         logging.getLogger("evergreen").addHandler(view.handler)
         try:

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from urllib.parse import quote
 
 import psutil
 
+from evergreen import database as db
 from evergreen import home
 from evergreen.data import validation
 from evergreen.errors import EvergreenError, SettingsError
@@ -78,8 +80,7 @@ def prepare(settings: Settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "database-ready"
     version = f"{importlib.metadata.version('apache-airflow-core')} with pools"
-    with (folder / "database-lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once
+    with locked(folder / "database-lock"):  # two first runs at once
         ready = done.is_file() and done.read_text(encoding="ascii") == version
         if not ready or not (folder / "airflow.cfg").is_file():
             from airflow.configuration import write_default_airflow_configuration_if_needed
@@ -89,6 +90,39 @@ def prepare(settings: Settings) -> None:
             upgradedb()
             make_pool()
             done.write_text(version, encoding="ascii")
+
+
+@contextlib.contextmanager
+def locked(file: Path, how: int = fcntl.LOCK_EX, waits: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a lock on `file`, made where it is missing; `waits` is called once where another process holds it.
+
+    The system frees the lock when its process ends, however it ends.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits()
+            fcntl.flock(lock, how)
+        yield
+
+
+@contextlib.contextmanager
+def turn(settings: Settings, say: Callable[[str], None]) -> Iterator[bool]:
+    """Yield whether Airflow runs on this home; while the block lasts, no `up` starts it.
+
+    Where an `up` is at it, wait until it has ended, and `say` so. A scheduler that starts beside a run of this process
+    would perform the same tasks once more.
+    """
+    starting = functools.partial(say, "waiting: `evergreen up` is starting Airflow on this home")
+    with locked(_turn_file(settings), fcntl.LOCK_SH, starting):
+        yield "airflow" in services(settings)
+
+
+def _turn_file(settings: Settings) -> Path:
+    """The lock that runs share and that `up` has alone."""
+    return settings.home / "airflow" / "turn-lock"
 
 
 def make_pool() -> None:
@@ -111,7 +145,11 @@ class Finished:
 
 
 def run_in_process(settings: Settings, pack: str, conf: Mapping[str, Any]) -> Finished:
-    """One DAG run of `<pack>__train` in this process, task after task; Airflow's log goes to where logging goes."""
+    """One DAG run of `<pack>__train` in this process, task after task; Airflow's log goes to where logging goes.
+
+    Processes may do so at once. They begin one after the other: each writes the DAGs of all packs into Airflow's
+    database first, which is not made for several writers of the same rows.
+    """
     prepare(settings)
     from airflow.sdk import DagRunState
 
@@ -120,13 +158,32 @@ def run_in_process(settings: Settings, pack: str, conf: Mapping[str, Any]) -> Fi
     loaded = load(settings.packs, pack)
     dag = training_dag(loaded, asks=False)
     dag.fileloc = str(settings.project / "dags" / "training.py")
-    ahead = _Ahead(settings, loaded)
-    logging.getLogger("evergreen").addHandler(ahead)
-    try:
-        dag_run = dag.test(logical_date=None, run_conf=dict(conf))
-    finally:
-        logging.getLogger("evergreen").removeHandler(ahead)
+    db.connect(settings.database_url).made_at()  # the home is older than its first run
+    log = logging.getLogger("evergreen")
+    with contextlib.ExitStack() as beginning:
+        beginning.enter_context(locked(settings.home / "airflow" / "begin-lock"))
+        handlers = [_Ahead(settings, loaded), _Begun(beginning.close)]
+        for handler in handlers:
+            log.addHandler(handler)
+        try:
+            # A date of its own: Airflow's dag.test() deletes the run of the DAG that has the same date, or none as well.
+            dag_run = dag.test(logical_date=datetime.now(UTC), run_conf=dict(conf))
+        finally:
+            for handler in handlers:
+                log.removeHandler(handler)
     return Finished(run_id=dag_run.run_id, success=dag_run.state == DagRunState.SUCCESS)
+
+
+class _Begun(logging.Handler):
+    """Calls `begun` as soon as a stage of the run begins."""
+
+    def __init__(self, begun: Callable[[], None]) -> None:
+        super().__init__()
+        self.begun = begun
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(getattr(record, "evergreen_note", None), Note):
+            self.begun()
 
 
 class _Ahead(logging.Handler):
@@ -308,12 +365,19 @@ def services(settings: Settings) -> dict[str, str]:
     }
 
 
-def up(settings: Settings) -> Iterator[tuple[str, str]]:
+def up(settings: Settings, say: Callable[[str], None] = lambda _text: None) -> Iterator[tuple[str, str]]:
     """Start Airflow (UI, scheduler, DAG processor, triggerer) and the MLflow UI; → (name, address) as each is ready.
 
+    It waits, and `say`s so, until no `evergreen run` performs tasks on this home and no other `up` starts anything.
     Raises SettingsError where a port is taken or a service does not get ready; what was started then is stopped. And
     SendersError where the senders file, which is made where there is none, cannot be used.
     """
+    busy = functools.partial(say, "waiting: an `evergreen run`, or another `evergreen up`, is at work on this home")
+    with locked(_turn_file(settings), waits=busy):
+        yield from _up(settings)
+
+
+def _up(settings: Settings) -> Iterator[tuple[str, str]]:
     env = {**os.environ, **environment(settings)}
     wanted = _services(settings, env)
     running = services(settings)

@@ -1,8 +1,10 @@
 """The embedded home's bookkeeping: its environment, its ports, and which processes are its own."""
 
 import contextlib
+import fcntl
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
@@ -71,7 +73,7 @@ def test_a_taken_port_is_named_before_anything_starts(settings, monkeypatch):
         monkeypatch.setenv("AIRFLOW__API__PORT", str(port))
         with pytest.raises(SettingsError, match=f"(?s)port {port}.*AIRFLOW__API__PORT={port + 1}"):
             list(embedded.up(settings))
-    assert not settings.home.exists()
+    assert [file.name for file in settings.home.rglob("*") if file.is_file()] == ["turn-lock"]
 
 
 def test_a_living_process_of_the_home_is_a_service(settings, stranger):
@@ -206,3 +208,49 @@ def test_an_account_that_is_missing_or_wrong_is_named(serve, account, host, says
     """The error says in which file, for which host, and what to write there."""
     with pytest.raises(SettingsError, match=says):
         embedded.client(serve(Guarded, *account, host=host))
+
+
+@pytest.mark.parametrize(
+    ("held", "waits_for"), [(fcntl.LOCK_EX, "`evergreen up` is starting Airflow"), (fcntl.LOCK_SH, None)]
+)
+def test_a_run_waits_while_airflow_is_being_started_and_says_so(settings, held, waits_for):
+    """Beside an `up` it waits, beside another run it does not; then it is told whether Airflow runs here."""
+    said, free = queue.Queue(), queue.Queue()
+
+    def run():
+        with embedded.turn(settings, said.put) as through_airflow:
+            free.put(through_airflow)
+
+    with embedded.locked(settings.home / "airflow" / "turn-lock", held):
+        beside = threading.Thread(target=run)
+        beside.start()
+        if waits_for is None:
+            assert free.get(timeout=60) is False
+        else:
+            assert waits_for in said.get(timeout=60)
+            assert free.empty()
+    beside.join(timeout=60)
+    assert waits_for is None or free.get(timeout=60) is False
+
+
+def test_up_waits_for_a_run_of_another_process_and_says_so(settings, monkeypatch):
+    """A scheduler beside it would perform the same tasks; nothing is started before the run has ended."""
+    said, ended = queue.Queue(), queue.Queue()
+
+    def up(port):
+        monkeypatch.setenv("AIRFLOW__API__PORT", str(port))
+        try:
+            list(embedded.up(settings, said.put))
+        except SettingsError as error:
+            ended.put(str(error))
+
+    with socket.socket() as other:  # so that `up` ends at once, when its turn has come
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with embedded.turn(settings, said.put):
+            beside = threading.Thread(target=up, args=[other.getsockname()[1]])
+            beside.start()
+            assert "waiting: an `evergreen run`" in said.get(timeout=60)
+            assert ended.empty()
+        assert "cannot be had" in ended.get(timeout=60)
+        beside.join(timeout=60)
