@@ -6,6 +6,7 @@ nothing needs a lock, and git itself decides who was first.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import subprocess
@@ -19,7 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
+from evergreen.data.git_errors import CHECKED_OUT
 from evergreen.run import Ref, Value
+
+log = logging.getLogger("evergreen")
 
 ATTEMPTS = 4
 PAUSE_S = 0.15
@@ -56,6 +60,11 @@ Datasets as Evergreen's runs saw them, versioned with DVC: a branch for each dat
     dvc get THIS_REPOSITORY DATASET --rev TAG               # a snapshot's files, anywhere
     git clone THIS_REPOSITORY; git checkout DATASET; dvc pull
 
+Where this folder was moved since a snapshot was made, a clone of it is told where the store lies now:
+
+    dvc remote modify --local store url FOLDER_OF_THE_STORE
+
+A dataset that is checked out here stays at its commit when a newer snapshot comes, detached: check it out again.
 Branches evergreen-ledger/PACK note the end of a pack's chain of events, to compare with: `evergreen ledger verify`.
 """
 
@@ -103,7 +112,7 @@ class Version:
 
 
 class GitError(Exception):
-    """git failed; its own words."""
+    """git failed; its own words, all of them."""
 
 
 class LostError(GitError):
@@ -258,7 +267,31 @@ class Repository:
         except GitError as error:
             if "[rejected]" in str(error):
                 raise LostError(str(error), tip) from error
-            raise
+            if not (CHECKED_OUT.search(str(error)) and self._detach(refs[0], clone)):
+                raise
+            _git("push", "--atomic", "--porcelain", self._url, *targets, cwd=clone)
+
+    def _detach(self, branch: str, cwd: Path) -> bool:
+        """Detach every checkout of `branch` in a repository on this machine; whether there was one.
+
+        Git refuses pushes to a branch that is checked out, for its files would then be those of another commit. Detached,
+        the checkout keeps its commit and its files, changed ones too, and is out of the way.
+        """
+        if not Path(self._url).is_absolute():
+            return False
+        detached = False
+        for entry in _git("-C", self._url, "worktree", "list", "--porcelain", cwd=cwd).decode().split("\n\n"):
+            told = dict(line.partition(" ")[::2] for line in entry.splitlines())
+            if told.get("branch") == branch and "prunable" not in told:
+                checkout = told["worktree"]
+                _git("-C", checkout, "update-ref", "--no-deref", "HEAD", told["HEAD"], cwd=cwd)
+                name = branch.removeprefix("refs/heads/")
+                log.warning(
+                    "%s: the checkout of %s stays at %s, detached: `git checkout %s` there shows what is new",
+                    *(checkout, name, told["HEAD"][:12], name),
+                )
+                detached = True
+        return detached
 
     def make(self) -> None:
         """Make the repository where its path is free: whole, or not at all."""
@@ -316,7 +349,10 @@ def _dvc_files(remote: str) -> dict[str, bytes]:
 
 def _git(*arguments: str, cwd: Path, stdin: bytes = b"") -> bytes:
     """What git prints; GitError with its last words. Its user's name, hooks and signing have no part in it."""
-    settings = ("core.hooksPath=/dev/null", "commit.gpgSign=false", "gc.auto=0", "maintenance.auto=false")
+    settings = (
+        *("core.hooksPath=/dev/null", "commit.gpgSign=false", "gc.auto=0", "maintenance.auto=false"),
+        *("push.gpgSign=false", "push.pushOption=", "safe.bareRepository=all"),
+    )
     name, _, address = IDENTITY.rstrip(">").partition(" <")
     environment = {key: value for key, value in os.environ.items() if key not in OTHER_REPOSITORY} | {
         "GIT_AUTHOR_NAME": name,
@@ -324,6 +360,7 @@ def _git(*arguments: str, cwd: Path, stdin: bytes = b"") -> bytes:
         "GIT_COMMITTER_NAME": name,
         "GIT_COMMITTER_EMAIL": address,
         "GIT_TERMINAL_PROMPT": "0",
+        "GIT_DEFAULT_HASH": "sha1",
         "LC_ALL": "C",
     }
     command = ["git", *(part for setting in settings for part in ("-c", setting)), *arguments]
@@ -336,8 +373,9 @@ def _git(*arguments: str, cwd: Path, stdin: bytes = b"") -> bytes:
     except subprocess.TimeoutExpired as error:
         raise GitError(f"git {arguments[0]} did not answer within {GIT_TIMEOUT_S} s") from error
     if done.returncode:
-        words = [line.strip() for line in (done.stdout + done.stderr).decode(errors="replace").splitlines()]
-        raise GitError("; ".join(filter(None, words))[-500:])
+        lines = (done.stderr + done.stdout).decode(errors="replace").splitlines()
+        words = [line.removeprefix("remote:").strip() for line in lines if not line.startswith("hint:")]
+        raise GitError("; ".join(filter(None, words)))
     return done.stdout
 
 

@@ -28,6 +28,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from evergreen import home
+from evergreen.data.git_errors import explain
 from evergreen.data.repository import (
     ATTEMPTS,
     HTTP,
@@ -41,7 +42,7 @@ from evergreen.data.repository import (
     pause,
     remote_of,
 )
-from evergreen.errors import EvergreenError, StoreError
+from evergreen.errors import EvergreenError, StoreError, masked
 from evergreen.run import Ref, canonical_json, count
 from evergreen.settings import Settings
 
@@ -414,9 +415,10 @@ class Store:
             try:
                 yield repository
             except GitError as error:
+                explained = explain(str(error), _absolute(self._settings.data_repository))
                 raise StoreError(
-                    f"cannot {doing}: the repository {self._settings.data_repository}: {error}",
-                    fix="see that it is a git repository one can push to (EVERGREEN_DATA_REPOSITORY), then run again",
+                    f"cannot {doing}: the repository {masked(self._settings.data_repository)}: {masked(explained.what)}",
+                    fix=masked(explained.fix),
                 ) from error
 
 
