@@ -111,6 +111,7 @@ PARQUET = {
     "us": pa.timestamp("us"),
     "ms": pa.timestamp("ms"),
     "date": pa.date32(),
+    "text": pa.string(),
 }
 
 
@@ -123,6 +124,8 @@ def test_parquet(kind, folder, times, group, parts, data):
     if kind == "date":
         times = [at and at.replace(hour=0, minute=0, second=0, microsecond=0) for at in times]
         values = pa.array([at and at.date() for at in times], type_)
+    elif kind == "text":
+        values = pa.array(texts(times, ISO), type_)
     else:
         step = timedelta(milliseconds=1) if kind == "ms" else timedelta(microseconds=1)
         times = [at and START + (at - START) // step * step for at in times]

@@ -179,9 +179,10 @@ def shop(tmp_path):
     (folder / "model.py").write_text("")
     settings = Settings.from_env({"EVERGREEN_HOME": str(tmp_path / "home"), "EVERGREEN_PACKS": str(tmp_path / "packs")})
 
-    def look(run_id, days, as_of, kind="run", expectations="", **data):
+    def look(run_id, days, as_of, kind="run", expectations="", source="source: {kind: csv, path: heights.csv}", **data):
         written = "".join(f", {name}: {value}" for name, value in data.items())
         text = CSV_PACK.replace(", train: 2d, validation: 1d, holdout: 1d", written) + expectations
+        text = text.replace("source: {kind: csv, path: heights.csv}", source)
         (folder / "pack.yaml").write_text(text)
         lines = [f"2024-01-{day:02} 0{hour}:00,{hour},{day}" for day in days for hour in (0, 1)]
         (folder / "heights.csv").write_text("\n".join(["seen_at,flooded,day", *lines, ""]))
@@ -252,6 +253,28 @@ def test_pandas_empty_frame_is_a_period_without_rows(tmp_path):
 
 
 # Rows are counted at each border.
+
+
+FORGETFUL = """
+from datetime import timedelta
+from pathlib import Path
+import polars as pl
+
+def read(window):
+    for day in range((window.end - window.start).days):
+        times = [window.start + timedelta(days=day, hours=hour) for hour in (0, 1)]
+        yield pl.DataFrame({"seen_at": times, "flooded": [0, 1]})
+        if day:
+            Path("output/frames/00000.arrow").unlink(missing_ok=True)
+"""
+
+
+def test_frames_that_a_read_job_lost_stop_the_run(shop, tmp_path):
+    """The job counts the rows that it was given; those that arrive are as many."""
+    (tmp_path / "packs" / "flood" / "model.py").write_text(FORGETFUL)
+    source = 'source: {kind: python, call: "model:read"}'
+    with pytest.raises(StageError, match=r"the frames of read-flood-\w+: 8 rows of 10 rows arrived"):
+        shop("lost", [], 16, source=source, train="3d", validation="1d", holdout="1d")
 
 
 def test_rows_that_a_stage_would_lose_stop_the_run(shop, tmp_path):

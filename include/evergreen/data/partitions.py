@@ -334,8 +334,8 @@ def with_event_time(frame: pl.DataFrame, event_time: str, where: str) -> pl.Data
         utc = column.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
     elif kind == pl.Null:
         utc = column.cast(pl.Datetime("us", "UTC"))
-    elif kind == pl.String:
-        text = frame[event_time]
+    elif kind in (pl.String, pl.Categorical, pl.Enum):
+        text = frame[event_time].cast(pl.String)
         times = parse_times(text)
         if len(odd := text.filter(times.is_null() & text.is_not_null())):
             raise no_times(where, event_time, len(odd), odd[0])

@@ -144,6 +144,7 @@ class Parquet:
                         batch = next(batches, None)
                     if batch is None:
                         break
+                    _require_names(schema.names, file.name)
                     if (frame := _in_window(batch, window, event_time, file.name)).height:
                         columns = _check_columns(columns, schema.names, file.name)
                         yield frame
@@ -206,11 +207,7 @@ class Csv:
             names = next((row for row in csv.reader(file, delimiter=self.separator) if row), None)
         if names is None:
             raise SourceError(f"{name} is empty", fix="write a header line, or leave the file out of the path")
-        twice = sorted({column for column in names if names.count(column) > 1})
-        if twice:
-            raise SourceError(
-                f"{name}:1: column {twice[0]!r} is there twice", fix="give every column a name of its own"
-            )
+        _require_names(names, f"{name}:1")
         return names
 
     def _types(
@@ -828,6 +825,11 @@ def _check_columns(columns: list[str], names: list[str], name: str) -> list[str]
     """The columns that every file with rows of the window must have: those of the first such file."""
     partitions.same_columns(columns or names, names, name)
     return columns or names
+
+
+def _require_names(names: list[str], name: str) -> None:
+    if twice := sorted({column for column in names if names.count(column) > 1}):
+        raise SourceError(f"{name}: column {twice[0]!r} is there twice", fix="give every column a name of its own")
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pl.Series:

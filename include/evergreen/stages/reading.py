@@ -186,9 +186,13 @@ def frames(run: Run, window: Window, known: Mapping[str, str]) -> Generator[pl.D
         return
     job_id = job_id_of(run, "read", {"run": run.id, "window": window.model_dump(mode="json"), "code": pack.code_hash})
     spec = job_spec(run, "read", job_id, call=pack.source.call, window=window)
-    finish_job(run, "ingest", spec, lambda folder: copy_python(pack, folder))
+    result = finish_job(run, "ingest", spec, lambda folder: copy_python(pack, folder))
+    rows = 0
     try:
-        yield from sources.frames(run.settings.jobs / spec.id / "output" / "frames")
+        for frame in sources.frames(run.settings.jobs / spec.id / "output" / "frames"):
+            rows += frame.height
+            yield frame
+        partitions.require_all_rows(f"pack {pack.name}: the frames of {spec.id}", int(result.metrics["rows"]), rows)
     finally:  # also where the rows are refused: a later attempt must not adopt this job, but read again
         jobs.discard(run.settings, spec.id)
 

@@ -449,6 +449,19 @@ def test_rows_of_a_period_that_was_not_asked_for_are_not_lost():
         merge(manifest(0), [part(1, "i1"), part(5, "i5")], [Window(start=day(1), end=day(2))])
 
 
+@pytest.mark.parametrize("kind", [pl.String, pl.Categorical])
+def test_times_may_be_text_in_iso_8601(kind, tmp_path):
+    """Each with an offset of its own or with none, which means UTC; in a column of text or of categories."""
+    texts = ["2013-01-02", "2013-01-02T01:00:00+02:00", "2013-01-01 22:00:00.123456789Z"]
+    frame = pl.DataFrame({"t": pl.Series(texts, dtype=kind), "y": [1, 2, 3]})
+    files = write([frame], tmp_path).files
+    assert [(file.period, file.rows) for file in files] == [(day(0), 2), (day(1), 1)]
+    assert pl.read_parquet(files[0].path)["t"].dt.to_string().to_list() == [
+        "2013-01-01 22:00:00.123456+00:00",
+        "2013-01-01 23:00:00.000000+00:00",
+    ]
+
+
 def test_nulls_are_counted_over_all_frames(tmp_path):
     """The whole number, and where the first is."""
     frames = [pl.DataFrame({"t": times, "y": [1, 1]}) for times in ([day(0), day(1)], [day(1), None], [None, day(2)])]

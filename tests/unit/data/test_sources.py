@@ -240,6 +240,16 @@ def test_parquet_times_of_all_kinds(kind, tmp_path):
     assert read_parquet(tmp_path)["t"].to_list() == [START]
 
 
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
+    """Two columns of one name cannot both be kept."""
+    table = pa.table([[START], [1], [2]], names=["t", "x", "x"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet: column 'x' is there twice"):
+        read_parquet(tmp_path)
+    pq.write_table(table.rename_columns(["t", "x", "y"]), tmp_path / "a.parquet")
+    assert read_parquet(tmp_path).height == 1
+
+
 def test_the_frames_of_a_read_job(tmp_path):
     """Arrow files come back in the order of their names."""
     for n in (1, 0):
