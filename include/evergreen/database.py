@@ -424,6 +424,46 @@ class Database:
                 )
 
 
+class ReadOnly(Database):
+    """The events database for reading alone: it is neither made nor brought up to date. Raises DatabaseError."""
+
+    @functools.cached_property
+    def engine(self) -> sa.Engine:
+        """The engine, for a database that is at HEAD."""
+        url = make_url(self.url)
+        if _is_sqlite(url):
+            file = Path(str(url.database))
+            if not file.is_file():
+                raise DatabaseError(f"there is no events database at {file}", fix="make one: evergreen run PACK")
+            engine = sa.create_engine("sqlite://", creator=lambda: open_sqlite_to_read(file), poolclass=sa.NullPool)
+        else:
+            options = {"options": "-c default_transaction_read_only=on"}
+            engine = sa.create_engine(url, connect_args=CONNECT[url.get_backend_name()] | options)
+        with self._named(), engine.connect() as connection:
+            known = sa.inspect(connection).has_table("alembic_version")
+            current = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() if known else None
+        if current != HEAD:
+            shown = url.render_as_string(hide_password=True)
+            old = "back it up, then run any command that opens it, as `evergreen ledger verify` does: it is brought up to date"
+            raise DatabaseError(
+                f"{shown} is at revision {current or 'none'}, and this Evergreen works with {HEAD}",
+                fix=old if current is None or current < HEAD else "install the Evergreen that made it, or a newer one",
+            )
+        return engine
+
+
+def read_only(url: str) -> Database:
+    """The database at `url`, for reading alone."""
+    return ReadOnly(url)
+
+
+def open_sqlite_to_read(file: Path) -> sqlite3.Connection:
+    """Open a database so that nothing beside it is made either: without a journal nobody is writing to it."""
+    journal = file.with_name(f"{file.name}-wal")
+    quiet = "" if journal.exists() else "&immutable=1"
+    return sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro{quiet}", uri=True, timeout=WAIT_S)
+
+
 def this_process() -> str:
     """`host:pid`: the holder of a lease that no retry may take over."""
     return f"{socket.gethostname()}:{os.getpid()}"

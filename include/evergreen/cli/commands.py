@@ -48,7 +48,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "sender": "alerts",
         "data-arrived": "alerts",
     },
-    "The platform": {"up": "home", "down": "home", "airflow": "home", "prune": "packs"},
+    "The platform": {"doctor": "doctor", "up": "home", "down": "home", "airflow": "home", "prune": "packs"},
 }
 """Heading → command → the module of `evergreen.cli` whose function of that name it is."""
 MODULES = {name: module for commands in COMMANDS.values() for name, module in commands.items()}

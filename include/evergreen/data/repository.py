@@ -150,6 +150,13 @@ class Repository:
         """The branches whose name begins with `prefix`, without it."""
         return self._attempts(partial(self._noted, prefix), scratch)
 
+    def rehearse(self, scratch: Path) -> None:
+        """Ask the repository whether it would take a new branch; nothing is pushed. Raises GitError."""
+        _git("init", "--quiet", "--bare", ".", cwd=scratch)
+        tree = _git("hash-object", "-w", "-t", "tree", "--stdin", cwd=scratch).decode().strip()
+        commit = _git("commit-tree", tree, "-m", "A rehearsal", cwd=scratch).decode().strip()
+        _git("push", "--quiet", "--dry-run", self._url, f"{commit}:refs/heads/evergreen-doctor", cwd=scratch)
+
     def _attempts(self, act: Callable[[Path], A], scratch: Path) -> A:
         """`act` in an empty folder; tried again when git fails or another commit comes first."""
         lost_at: set[str] = set()

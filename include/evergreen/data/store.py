@@ -289,6 +289,10 @@ class Store:
         absent = {ref.hash for ref in refs if not self._object(ref.hash).is_file()}
         return not absent or not self._patiently("read from", lambda: self._remote.missing(absent))
 
+    def missing(self, hashes: Collection[str]) -> set[str]:
+        """Return those of these objects that the remote lacks; their bytes are not looked at."""
+        return self._patiently("read from", lambda: self._remote.missing(hashes))
+
     # Out for good
 
     def bytes_of(self, hashes: Collection[str]) -> dict[str, int]:
