@@ -57,6 +57,9 @@ class Runs:
     def run_exists(self, _pack: str, _run_id: str) -> bool:
         return True
 
+    def run_failed(self, _pack: str, _run_id: str) -> bool:
+        return False
+
 
 def alert(number: int) -> NewAlert:
     return NewAlert("me", str(number), f"error rate of service {number} above 5 %", f"service {number}")

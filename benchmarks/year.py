@@ -81,6 +81,10 @@ class Ready:
     def run_exists(self, pack: str, run_id: str) -> bool:
         return database.connect(self.url).latest(pack, kind="run", run_id=run_id) is not None
 
+    def run_failed(self, pack: str, run_id: str) -> bool:
+        last = database.connect(self.url).latest(pack, kind=("stage", "receipt", "failure"), run_id=run_id)
+        return last is not None and last.kind == "failure"
+
 
 @dataclass
 class Policy:

@@ -4,6 +4,7 @@ import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import sqlalchemy as sa
 
 from evergreen import database as db
 from evergreen import loop
@@ -37,6 +38,7 @@ class Runs:
 
     def __init__(self):
         self.there = set()
+        self.failed = set()
         self.paused = {}
         self.asked = []
         self.meanwhile = None
@@ -49,6 +51,10 @@ class Runs:
     def run_exists(self, pack, run_id):
         self._ask(pack)
         return (pack, run_id) in self.there
+
+    def run_failed(self, pack, run_id):
+        self._ask(pack)
+        return (pack, run_id) in self.failed
 
     def _ask(self, pack):
         self.asked.append(pack)
@@ -328,6 +334,76 @@ def test_new_data_is_an_alert_once(settings, database, runs):
     assert inbox.due(database, "more", soon())[0].evidence == evidence
     [start] = admit(settings, runs)
     assert start.conf["reason"] == "data: new data in data/more (and 1 more alert)"
+
+
+def hear_again(database, reason="a"):
+    """An hour passes, and the message of an alert comes again."""
+    with database.writing() as connection:
+        for event in database.events("more", kind=("alert", "heard")):
+            earlier = (event.at - 60 * MINUTE).isoformat()
+            chosen = (db.events.c.pack == "more") & (db.events.c.position == event.position)
+            connection.execute(sa.update(db.events).where(chosen).values(at=earlier))
+    keep(database, reason)
+
+
+def answered(settings, database, runs):
+    """An alert, and the run that it started, begun."""
+    [key] = keep(database, "a")
+    [start] = admit(settings, runs)
+    runs.make([start])
+    confirm(settings, runs)
+    body = {"as_of": "2024-05-01T00:00:00+00:00", "reason": "me: a", "force": False}
+    database.append("more", "run", body, run_id=start.run_id)
+    return key, start.run_id
+
+
+@pytest.mark.parametrize("outcome", ["failed in Airflow", "failed outside of it", "deleted before it began"])
+def test_an_alert_that_still_fires_is_tried_again_where_its_run_came_to_nothing(settings, database, runs, outcome):
+    """By another run, once; the earlier one stays as it is."""
+    if outcome == "deleted before it began":
+        [key] = keep(database, "a")
+        [start] = admit(settings, runs)
+        runs.make([start])
+        confirm(settings, runs)
+        first = start.run_id
+        runs.there.clear()
+    else:
+        key, first = answered(settings, database, runs)
+        if outcome == "failed in Airflow":
+            runs.failed.add(("more", first))  # killed: no event says so
+        else:
+            runs.there.clear()
+            database.append("more", "failure", {"stage": "ingest", "what": "…"}, run_id=first)
+    assert admit(settings, runs, soon(60 * MINUTE)) == []
+    hear_again(database)
+    [start] = admit(settings, runs)
+    assert start.run_id.startswith(f"{first}__")
+    assert start.conf["reason"] == "me: a"
+    runs.make([start])
+    confirm(settings, runs)
+    assert finals(database) == [key, key]
+    assert [again(event) for event in database.events(kind="decision")] == [
+        decision_of(event) for event in database.events(kind="decision")
+    ]
+    assert admit(settings, runs) == []
+
+
+@pytest.mark.parametrize("outcome", ["on its way", "waits for its retry", "ended well"])
+def test_an_alert_that_still_fires_keeps_a_run_that_has_not_failed(settings, database, runs, outcome):
+    """Nothing is asked for and nothing is written about it, however often it is heard."""
+    key, first = answered(settings, database, runs)
+    if outcome == "waits for its retry":
+        database.append("more", "failure", {"stage": "ingest", "what": "…"}, run_id=first)
+    elif outcome == "ended well":
+        database.append("more", "stage", {"stage": "promote"}, run_id=first, key="promoted")
+        runs.failed.add(("more", first))  # a task after the last stage failed
+    before = len(database.events("more", kind=("intent", "decision")))
+    for _ in range(3):
+        hear_again(database)
+        assert admit(settings, runs) == []
+        assert inbox.packs_due(database, soon(60 * MINUTE)) == []
+    assert len(database.events("more", kind=("intent", "decision"))) == before
+    assert (last_of(database, key), len(database.events("more", kind="heard"))) == (("decision", "retrain"), 3)
 
 
 def test_a_database_that_is_away_ends_the_pass(settings, database, runs):

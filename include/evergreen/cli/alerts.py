@@ -101,15 +101,18 @@ def alerts(
         _show_refused(database, pack, since, limit, as_json)
         return
     found = inbox.alerts_of(database, pack, since=since, limit=limit or (None if since else NEWEST))
+    heard = inbox.heard_of(database, [alert.id for alert, _ in found])
     if as_json:
-        show_json([_alert_row(alert, event) for alert, event in found])
+        show_json([_alert_row(alert, event, *heard.get(alert.id, (0, None))) for alert, event in found])
         return
-    table = plain_table("alert", "when (UTC)", *([] if pack else ["pack"]), "from", "because", "became")
+    more = [*(["last heard"] if heard else []), *([] if pack else ["pack"])]
+    table = plain_table("alert", "when (UTC)", *more, "from", "because", "became")
     for alert, event in found:
-        which = [] if pack else [alert.pack]
+        which = [minute(heard[alert.id][1] if alert.id in heard else alert.at)] if heard else []
+        which += [] if pack else [alert.pack]
         because = f"{'resolved: ' if alert.status == 'resolved' else ''}{alert.reason}"
         table.add_row(alert.id, minute(alert.at), *which, alert.sender, Text(because), _became(event))
-    for column in table.columns[:2]:
+    for column in table.columns[: 3 if heard else 2]:
         column.no_wrap = True
     out().print(table if found else f"no alerts: evergreen alert {pack or 'PACK'} --reason …")
 
@@ -137,12 +140,14 @@ def _require_pack(settings: Settings, database: Database, pack: str | None) -> N
         folder_of(settings.packs, pack)
 
 
-def _alert_row(alert: Alert, event: Event | None) -> dict[str, Any]:
+def _alert_row(alert: Alert, event: Event | None, again: int, last_heard: datetime | None) -> dict[str, Any]:
     body = event.body if event else {}
     return {
         "alert": alert.id,
         "pack": alert.pack,
         "at": alert.at.isoformat(),
+        "heard_again": again,
+        "last_heard": (last_heard or alert.at).isoformat(),
         "sender": alert.sender,
         "reason": alert.reason,
         "fingerprint": alert.fingerprint,

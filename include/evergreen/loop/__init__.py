@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from evergreen import database as db
 from evergreen.database import Database
@@ -15,7 +15,7 @@ from evergreen.pack import AdmissionPolicy, load
 from evergreen.run import count
 from evergreen.settings import Settings
 from evergreen.triggers import inbox
-from evergreen.triggers.admission import NEWS, Alert, Calendar, Decision, Past, Seen, decide
+from evergreen.triggers.admission import LOST, NEWS, Alert, Calendar, Decision, Earlier, Past, Seen, decide, stays
 from evergreen.triggers.inbox import NewAlert, Ruling
 
 log = logging.getLogger("evergreen")
@@ -35,6 +35,9 @@ class Scheduler(Protocol):
 
     def run_exists(self, pack: str, run_id: str) -> bool:
         """Whether the run is there, whatever its state."""
+
+    def run_failed(self, pack: str, run_id: str) -> bool:
+        """Return True where the run is there and failed, for good."""
 
 
 @dataclass(frozen=True)
@@ -135,18 +138,20 @@ def _decide(
             return []
         outside = outside or _outside(settings, database, scheduler, pack)
         policy, calendar, facts = outside
+        earlier = _earlier(database, scheduler, pack, alerts, at)
         past = Past(
             inbox.history(database, pack, Past.horizon(policy, calendar), before=min(each.at for each in alerts))
         )
         decided: list[tuple[Decision, Seen]] = []
         for alert in alerts:
-            seen = past.see(alert, policy, at, calendar=calendar, **facts)
+            seen = past.see(alert, policy, at, calendar=calendar, earlier=earlier.get(alert.id), **facts)
             decision = decide(alert, seen, policy, at)
             past.note(decision)
             decided.append((decision, seen))
-        confs = _confs(database, scheduler, past, pack, alerts, [decision for decision, _ in decided])
+        moved = [decision for decision, seen in decided if not stays(decision, seen)]
+        confs = _confs(database, scheduler, past, pack, alerts, moved)
         rulings = [
-            Ruling(decision, seen.to_json(), confs.get(decision.run_id) if decision.run_id else None)
+            Ruling(decision, seen.to_json(), confs.get(decision.run_id or ""), stays(decision, seen))
             for decision, seen in decided
         ]
         said = policy.model_dump(mode="json")
@@ -154,6 +159,35 @@ def _decide(
             return [Start(pack, run_id, conf) for run_id, conf in confs.items()]
     log.warning("%s: its past changed %d times while its alerts were decided; the next drain goes on", pack, TRIES)
     return []
+
+
+def _earlier(
+    database: Database, scheduler: Scheduler, pack: str, alerts: list[Alert], now: datetime
+) -> dict[str, Earlier]:
+    """What was decided last of each alert that is considered again, and what came of its run."""
+    settled = inbox.settled(database, [alert.id for alert in alerts if alert.reopened is not None])
+    runs = {str(event.run_id) for event in settled.values() if event.run_id is not None}
+    lost = {run_id: _lost(database, scheduler, pack, run_id, now) for run_id in runs}
+    return {
+        alert: Earlier(outcome=event.body["outcome"], run_id=event.run_id, lost=lost.get(str(event.run_id)))
+        for alert, event in settled.items()
+    }
+
+
+def _lost(
+    database: Database, scheduler: Scheduler, pack: str, run_id: str, now: datetime
+) -> Literal["failed", "gone"] | None:
+    """Why nothing came of a run: it failed, or Airflow has it no more; None where it goes on, or got to its end."""
+    ended = database.events(pack, run_id=run_id, stage="promote", kind=("stage", "receipt"), limit=1)
+    if ended:
+        return None
+    if scheduler.run_exists(pack, run_id):
+        return "failed" if scheduler.run_failed(pack, run_id) else None
+    # `evergreen run` may make a run that Airflow never hears of.
+    last = database.latest(pack, run_id=run_id, kind=("run", "stage", "receipt", "failure"))
+    if last is None or (last.kind != "failure" and now - last.at >= LOST):
+        return "gone"
+    return "failed" if last.kind == "failure" else None
 
 
 def _outside(

@@ -127,6 +127,9 @@ class AirflowRuns:
     def run_exists(self, pack: str, run_id: str) -> bool:
         return bool(self.task_instance.get_dr_count(f"{pack}__train", run_ids=[run_id]))
 
+    def run_failed(self, pack: str, run_id: str) -> bool:
+        return bool(self.task_instance.get_dr_count(f"{pack}__train", run_ids=[run_id], states=["failed"]))
+
 
 def _packs_on_new_data() -> Iterator[Pack]:
     """The packs that want to know of new data."""

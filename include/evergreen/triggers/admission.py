@@ -35,7 +35,7 @@ MINUTE = timedelta(minutes=1)
 NEWS = "data"
 """The sender of what is no complaint: new data is news each time it comes, so it is no repeat and needs no second."""
 
-KINDS = ("alert", "intent", "decision", "snooze", "run", "stage", "receipt", "failure", "promotion")
+KINDS = ("alert", "heard", "intent", "decision", "snooze", "run", "stage", "receipt", "failure", "promotion")
 """The kinds of events that admission reads."""
 
 
@@ -57,6 +57,8 @@ class Alert:
     """The run that it asks for should pretend to be at this instant; None: at the time it runs."""
     evidence: dict[str, Any] | None = None
     status: Literal["firing", "resolved"] = "firing"
+    reopened: int | None = None
+    """Position of the `heard` event by which it is considered again, as if it had come then; None: for the first time."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,18 @@ class About(Value):
     sender: str
     as_of: datetime | None = None
     status: Literal["firing", "resolved"] = "firing"
+    reopened: int | None = None
+    last_heard: datetime | None = None
+    """When it was heard last; None: at `at`."""
+
+
+class Earlier(Value):
+    """The final decision that an alert had before it was heard again."""
+
+    outcome: Outcome
+    run_id: str | None = None
+    lost: Literal["failed", "gone"] | None = None
+    """Why nothing came of the run: it failed, or Airflow has no such run and it never ended. None: it goes on, or ended."""
 
 
 class Named(Value):
@@ -181,6 +195,8 @@ class Seen(Value):
     """Why the pack cannot be loaded."""
     paused: bool | None = False
     """Whether the pack's training is paused; None: Airflow does not know it."""
+    earlier: Earlier | None = None
+    """Of an alert that is considered again."""
     resolved: Named | None = None
     """The message that ended the complaint."""
     same: Repeated | None = None
@@ -248,8 +264,17 @@ def _resolved(case: Case) -> Ruled | None:
     return None
 
 
+def _answered(case: Case) -> Ruled | None:
+    """An alert that was heard again keeps its run, unless that failed or is gone."""
+    earlier = case.seen.earlier
+    if earlier is None or earlier.run_id is None or earlier.lost is not None:
+        return None
+    return Ruled("merge", f"{earlier.run_id} answers it already, and has not failed", run_id=earlier.run_id)
+
+
 def _expired(case: Case) -> Ruled | None:
-    if case.now - case.alert.at < EXPIRES:
+    """An alert that still fires does not expire."""
+    if case.now - _last_heard(case) < EXPIRES:
         return None
     held = f"last held for: {case.seen.held}" if case.seen.held else "never looked at"
     return Ruled("dead", f"undecided for {_span(EXPIRES)}; {held}")
@@ -303,7 +328,7 @@ def _confirm(case: Case) -> Ruled | None:
         return None
     windows = f"{case.seen.heard} of the newest {count(confirm.of, 'window')} of {_span(confirm.each)}"
     heard = f"heard in {windows}; the pack acts on {confirm.heard}"
-    until = case.alert.at + confirm.of * confirm.each
+    until = _last_heard(case) + confirm.of * confirm.each
     if case.now < until:
         return Ruled("hold", heard, until)
     return Ruled("drop", f"{heard}, and until {_time(until)} no later one started a run")
@@ -358,13 +383,22 @@ def _budget(case: Case) -> Ruled | None:
 
 
 def _retrain(case: Case) -> Ruled:
-    return Ruled("retrain", "no run answers it yet, and no rule holds it back", run_id=run_id_of(case.alert.id))
+    return Ruled(
+        "retrain",
+        "no run answers it yet, and no rule holds it back",
+        run_id=run_id_of(case.alert.id, case.alert.reopened),
+    )
+
+
+def _last_heard(case: Case) -> datetime:
+    return case.seen.alert.last_heard or case.alert.at
 
 
 Rule = Callable[[Case], Ruled | None]
 
 RULES: dict[str, Rule] = {
     "resolved": _resolved,
+    "answered": _answered,
     "expired": _expired,
     "broken": _broken,
     "dedupe": _dedupe,
@@ -381,9 +415,14 @@ RULES: dict[str, Rule] = {
 """The rules by their names, in their order."""
 
 
-def run_id_of(alert: str) -> str:
-    """The id of the one run that the alert of this id can start."""
-    return f"alert__{alert.removeprefix('alert-')}"
+def run_id_of(alert: str, reopened: int | None = None) -> str:
+    """Return the id of the one run that this alert can start: the first time, or considered again from that position."""
+    return f"alert__{alert.removeprefix('alert-')}" + (f"__{reopened}" if reopened is not None else "")
+
+
+def stays(decision: Decision, seen: Seen) -> bool:
+    """Return True where an alert that was heard again keeps the final decision that it had."""
+    return seen.earlier is not None and (decision.outcome == "drop" or decision.rule == "answered")
 
 
 def again(event: Event) -> Decision:
@@ -391,7 +430,8 @@ def again(event: Event) -> Decision:
     body = event.body
     seen = Seen.from_json(body["seen"])
     about = seen.alert
-    alert = Alert(str(event.key), event.pack, about.at, about.sender, "", "", about.as_of, None, about.status)
+    of = (about.as_of, None, about.status, about.reopened)
+    alert = Alert(str(event.key), event.pack, about.at, about.sender, "", "", *of)
     return decide(alert, seen, AdmissionPolicy.model_validate(body["policy"]), datetime.fromisoformat(body["now"]))
 
 
@@ -403,11 +443,12 @@ def decision_of(event: Event) -> Decision:
 
 
 def alert_of(event: Event) -> Alert:
-    """The alert in its event."""
+    """The alert in its event, or in the `heard` event by which it is considered again."""
     body = event.body
     as_of = datetime.fromisoformat(body["as_of"]) if body["as_of"] else None
     what = (body["sender"], body["reason"], body["fingerprint"], as_of, body["evidence"], body["status"])
-    return Alert(str(event.key), event.pack, event.at, *what)
+    reopened = event.position if event.kind == "heard" else None
+    return Alert(str(event.key), event.pack, event.at, *what, reopened)
 
 
 # What is seen of the past.
@@ -436,9 +477,9 @@ class _Complaints:
     """The alerts of one fingerprint."""
 
     at: list[datetime] = field(default_factory=list)
-    """Of all that fire, in order of time."""
-    kept: list[tuple[int, str]] = field(default_factory=list)
-    """Position and id of those that fire and were not dropped."""
+    """Of all that fire, each time that one was heard, in order of time."""
+    kept: list[tuple[int, str, datetime]] = field(default_factory=list)
+    """Position, id and instant of those that fire and were not dropped."""
     resolved: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -452,9 +493,14 @@ class Past:
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.upto = 0
         self._now: datetime | None = None
-        self._alerts: dict[str, tuple[int, Alert]] = {}
+        self._alerts: dict[str, Alert] = {}
+        self._seen: dict[str, Alert] = {}
         self._held: dict[str, str] = {}
         self._final: set[str] = set()
+        self._last_heard: dict[str, datetime] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._places: dict[str, tuple[int, datetime]] = {}
+        """From where each alert is considered: its position and instant, or those at which it was heard again."""
         self._complaints: dict[str, _Complaints] = {}
         self._firing: list[datetime] = []
         self._data: int = 0
@@ -485,6 +531,7 @@ class Past:
         runs = max(policy.cooldown, partition)
         return {
             "alert": max(repeats, partition, MINUTE),
+            "heard": max(repeats, partition, MINUTE),
             "decision": max(repeats, period, LOST),
             "intent": max(repeats, period, LOST),
             "run": max(runs, LOST),
@@ -495,15 +542,16 @@ class Past:
             "snooze": None,
         }
 
-    def add(self, event: Event) -> None:
+    def add(self, event: Event) -> None:  # noqa: C901  one kind of event a line
         """Fold one more event; they come in order of position. Kinds that do not matter are passed over."""
         self.upto = max(self.upto, event.position)
         kind, body, run_id = event.kind, event.body, event.run_id
         if kind == "alert":
             self._heard(event.position, alert_of(event))
+        elif kind == "heard":
+            self._heard_again(alert_of(event))
         elif kind in ("intent", "decision"):
-            as_of = body["conf"]["as_of"] if kind == "intent" else body["seen"]["alert"].get("as_of")
-            self._decided(decision_of(event), _instant(body["now"]), as_of and _instant(as_of), written=True)
+            self._written(event)
         elif kind == "snooze":
             until = body["until"]
             self._snoozed = Snoozed(until=until, by=body["by"], why=body["why"]) if until else None
@@ -532,28 +580,44 @@ class Past:
         paused: bool | None = False,
         broken: str | None = None,
         calendar: Calendar | None = None,
+        earlier: Earlier | None = None,
     ) -> Seen:
         """What the rules look at for `alert` at `now`; beside the past, that is what the world is like just now.
 
         `paused` is None where Airflow does not know the pack; `broken` says why the pack cannot be loaded: its policy
-        and its calendar are then not known either.
+        and its calendar are then not known either. `earlier` is the last final decision of an alert that is considered
+        again, and what came of its run.
         """
         self._now = now
-        if alert.id not in self._alerts:
+        if alert.reopened is not None:
+            self._fingerprints[alert.id], self._places[alert.id] = alert.fingerprint, (alert.reopened, alert.at)
+        elif alert.id not in self._alerts:
             self._heard(self.upto, alert)
-        position, _ = self._alerts[alert.id]
-        about = About(at=alert.at, sender=alert.sender, as_of=alert.as_of, status=alert.status)
+        self._seen[alert.id] = alert
+        position, _ = self._places[alert.id]
+        last_heard = self.last_heard(alert)
+        about = About(
+            at=alert.at,
+            sender=alert.sender,
+            as_of=alert.as_of,
+            status=alert.status,
+            reopened=alert.reopened,
+            last_heard=last_heard if last_heard > alert.at else None,
+        )
         facts: dict[str, Any] = {"alert": about, "upto": self.upto, "paused": paused, "broken": broken}
         if alert.status == "resolved":
             return Seen(**facts)
-        complaints = self._complaints[alert.fingerprint]
+        complaints = self._complaints.setdefault(alert.fingerprint, _Complaints())
         facts["resolved"] = self._resolved(complaints, position)
-        if now - alert.at >= EXPIRES:
+        facts["earlier"] = earlier
+        if earlier is not None and earlier.run_id is not None and earlier.lost is None:
+            return Seen(**facts)
+        if now - last_heard >= EXPIRES:
             facts["held"] = self._held.get(alert.id)
         if broken is not None:
             return Seen(**facts)
         if policy.confirm is not None:
-            facts["heard"] = _windows(complaints.at, alert.at, policy)
+            facts["heard"] = _windows(complaints.at, last_heard, policy)
         facts["same"] = same = self._same(complaints, alert, position, policy)
         if same is not None and not same.unconfirmed:
             return Seen(**facts)  # a storm of repeats: the other rules are not asked, so no more is kept of each
@@ -561,7 +625,7 @@ class Past:
         return Seen(
             **facts,
             snoozed=self._snoozed if self._snoozed is not None and now < self._snoozed.until else None,
-            answer=self._answer(alert, position, now, calendar),
+            answer=self._answer(alert, position, now, calendar, earlier.run_id if earlier else None),
             minute=_within(self._firing, alert.at - MINUTE, alert.at),
             champion=self._champion(position, now, calendar),
             last=self._last(policy.cooldown, now),
@@ -572,8 +636,7 @@ class Past:
     def note(self, decision: Decision) -> None:
         """Let the decision just made be seen by the next."""
         assert self._now is not None, "a decision is noted after what it saw"
-        _, alert = self._alerts[decision.alert]
-        self._decided(decision, self._now, alert.as_of, written=False)
+        self._decided(decision, self._now, self._seen[decision.alert].as_of, written=False)
 
     def end_pass(self) -> None:
         """What was asked for so far has been written down: it is as it is."""
@@ -612,30 +675,45 @@ class Past:
     def _heard(self, position: int, alert: Alert) -> None:
         if alert.id in self._alerts:
             return
-        self._alerts[alert.id] = (position, alert)
+        self._alerts[alert.id] = alert
+        self._fingerprints[alert.id], self._places[alert.id] = alert.fingerprint, (position, alert.at)
         complaints = self._complaints.setdefault(alert.fingerprint, _Complaints())
         if alert.status == "resolved":
             complaints.resolved.append((position, alert.id))
             return
         bisect.insort(complaints.at, alert.at)
         bisect.insort(self._firing, alert.at)
-        bisect.insort(complaints.kept, (position, alert.id))
+        bisect.insort(complaints.kept, (position, alert.id, alert.at))
         if alert.sender == NEWS:
             self._data = max(self._data, position)
 
+    def _written(self, event: Event) -> None:
+        """Fold an intent or a decision."""
+        about = event.body["seen"]["alert"]
+        as_of = event.body["conf"]["as_of"] if event.kind == "intent" else about.get("as_of")
+        if (reopened := about.get("reopened")) is not None and event.key in self._fingerprints:
+            self._places[str(event.key)] = (reopened, _instant(about["at"]))
+        self._decided(decision_of(event), _instant(event.body["now"]), as_of and _instant(as_of), written=True)
+
+    def _heard_again(self, alert: Alert) -> None:
+        self._last_heard[alert.id] = alert.at
+        self._fingerprints[alert.id] = alert.fingerprint
+        bisect.insort(self._complaints.setdefault(alert.fingerprint, _Complaints()).at, alert.at)
+
+    def last_heard(self, alert: Alert) -> datetime:
+        """When an alert was heard last."""
+        return max(alert.at, self._last_heard.get(alert.id, alert.at))
+
     def _decided(self, decision: Decision, now: datetime, as_of: datetime | None, *, written: bool) -> None:
         alert_id, run_id = decision.alert, decision.run_id
+        if alert_id in self._places and decision.rule != "answered":
+            self._keep(alert_id, decision.outcome != "drop")
         if decision.outcome == "hold":
             self._held[alert_id] = decision.reason
+            self._final.discard(alert_id)
             return
         self._final.add(alert_id)
-        if decision.outcome == "drop" and alert_id in self._alerts:
-            position, alert = self._alerts[alert_id]
-            kept = self._complaints[alert.fingerprint].kept
-            index = bisect.bisect_left(kept, (position, alert_id))
-            if index < len(kept) and kept[index] == (position, alert_id):
-                del kept[index]
-        elif decision.outcome == "retrain" and run_id is not None and run_id not in self._asked:
+        if decision.outcome == "retrain" and run_id is not None and run_id not in self._asked:
             self._asked[run_id] = asked = _Asked(run_id, now, as_of, open=not written)
             bisect.insort(self._starts, now)
             if run_id not in self._begun_by_id:
@@ -643,39 +721,55 @@ class Past:
         elif decision.outcome == "merge" and run_id in self._waiting and self._waiting[run_id].open:
             self._waiting[run_id].as_of = _later(self._waiting[run_id].as_of, as_of, now)
 
+    def _keep(self, alert_id: str, kept: bool) -> None:
+        """Let later alerts be repeats of this one, or not."""
+        position, at = self._places[alert_id]
+        complaints = self._complaints[self._fingerprints[alert_id]].kept
+        index = bisect.bisect_left(complaints, (position, alert_id))
+        there = index < len(complaints) and complaints[index][:2] == (position, alert_id)
+        if there and not kept:
+            del complaints[index]
+        elif kept and not there:
+            complaints.insert(index, (position, alert_id, at))
+
     def _resolved(self, complaints: _Complaints, position: int) -> Named | None:
         index = bisect.bisect_right(complaints.resolved, (position, chr(0x10FFFF)))
         if index == len(complaints.resolved):
             return None
         alert_id = complaints.resolved[index][1]
-        return Named(id=alert_id, at=self._alerts[alert_id][1].at)
+        return Named(id=alert_id, at=self._alerts[alert_id].at)
 
     def _same(self, complaints: _Complaints, alert: Alert, position: int, policy: AdmissionPolicy) -> Repeated | None:
         """The nearest of the same complaint before it that was not dropped, if it is near enough to be repeated."""
         index = bisect.bisect_left(complaints.kept, (position, alert.id))
         if index == 0 or alert.sender == NEWS:
             return None
-        before = self._alerts[complaints.kept[index - 1][1]][1]
-        if alert.at - before.at >= policy.dedupe:
+        _, before, at = complaints.kept[index - 1]
+        if alert.at - at >= policy.dedupe:
             return None
         confirm = policy.confirm
         unconfirmed = (
             confirm is not None
-            and before.id not in self._final
-            and _windows(complaints.at, before.at, policy) < confirm.heard
+            and before not in self._final
+            and _windows(complaints.at, self._last_heard.get(before, at), policy) < confirm.heard
         )
-        return Repeated(id=before.id, at=before.at, unconfirmed=unconfirmed)
+        return Repeated(id=before, at=at, unconfirmed=unconfirmed)
 
-    def _answer(self, alert: Alert, position: int, now: datetime, calendar: Calendar) -> Answer | None:
-        """The run that answers the alert: one that began after it, or one asked for that has not begun."""
+    def _answer(
+        self, alert: Alert, position: int, now: datetime, calendar: Calendar, without: str | None
+    ) -> Answer | None:
+        """The run that answers the alert: one that began after it, or one asked for that has not begun.
+
+        `without` is a run of which nothing came.
+        """
         wanted = calendar.as_of(alert.as_of or alert.at)
         start = bisect.bisect_right(self._begun, position, key=lambda run: run.position)
         for run in self._begun[start:]:
-            if run.as_of >= wanted and run.id not in self._failed:
+            if run.as_of >= wanted and run.id not in self._failed and run.id != without:
                 return Answer(id=run.id, at=run.at, as_of=run.as_of, begun=True)
         for asked in self._waiting.values():
             as_of = calendar.as_of(asked.as_of or asked.at)
-            if now - asked.at < LOST and (as_of >= wanted or asked.open):
+            if now - asked.at < LOST and (as_of >= wanted or asked.open) and asked.id != without:
                 return Answer(id=asked.id, at=asked.at, as_of=max(as_of, wanted), begun=False)
         return None
 

@@ -1,6 +1,7 @@
 """The inbox: alerts written down before anything is decided about them, and what was decided, once each.
 
-All of it is events. The table `undecided` is an index over them that changes in the same transactions: it says which
+All of it is events. A message that comes again while its alert fires is a `heard` event of that alert, at most one in
+thirty seconds for each alert. The table `undecided` is an index over them that changes in the same transactions: it says which
 alerts have no final decision yet and when each is looked at next, and whoever removes an alert's row from it is the
 one who may append that alert's final decision.
 """
@@ -8,6 +9,7 @@ one who may append that alert's final decision.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,13 +18,17 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from evergreen.database import COLUMNS, Chain, Database, Event, event_of, events, undecided
-from evergreen.triggers.admission import Alert, Decision, alert_of
+from evergreen.pack import AdmissionPolicy
+from evergreen.triggers.admission import NEWS, Alert, Decision, alert_of
 
 AT_ONCE = 10_000
 """How many alerts of a pack are decided in one transaction; the rest stay due."""
 
 ASK_AGAIN = timedelta(seconds=30)
 """When a run that was asked for and does not exist is asked for again."""
+
+SILENT = timedelta(seconds=30)
+"""How long after an alert was heard its repeats are not written down; at most half a window where a policy confirms."""
 
 MATTERS = ("intent", "decision", "run", "failure", "promotion", "snooze")
 """The kinds of events that can change what is decided of an alert that was there before them."""
@@ -40,6 +46,8 @@ class NewAlert:
     as_of: datetime | None = None
     evidence: dict[str, Any] | None = None
     status: Literal["firing", "resolved"] = "firing"
+    ended_by: str | None = None
+    """The sender's id of the message that says that this alert is over."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class Ruling:
     seen: dict[str, Any]
     conf: dict[str, Any] | None = None
     """What the decision's run is to be started with: until that run exists, the decision is an intent. None: as it is."""
+    stays: bool = False
+    """The alert was heard again and keeps its earlier decision: nothing is written, unless it was held in between."""
 
 
 def alert_id(pack: str, sender: str, sender_id: str) -> str:
@@ -62,20 +72,53 @@ def keep(database: Database, pack: str, alerts: Sequence[NewAlert]) -> list[str]
     """Write alerts down, all or none, and return their ids in order; they are committed when this returns.
 
     A message that was kept before, by its sender and the sender's id of it, gets the first answer and is not kept
-    again. Raises DatabaseError.
+    again: the alert is heard again, and considered again if it has a final decision. Raises DatabaseError.
     """
     ids = [alert_id(pack, alert.sender, alert.sender_id) for alert in alerts]
+    ends = {key: alert_id(pack, a.sender, a.ended_by) for key, a in zip(ids, alerts, strict=True) if a.ended_by}
     with database.chain(pack) as chain:
-        known = {event.key for event in _of(chain.connection, ids, "alert")}
+        known = _known(chain.connection, [*ids, *ends.values()])
+        repeats = [key for key in ids if key in known and ends.get(key) not in known]
+        silent = _heard_lately(chain, repeats) if repeats else set()
         rows = []
         for key, alert in zip(ids, alerts, strict=True):
             if key not in known:
                 known.add(key)
-                event = chain.append("alert", _body(alert), key=key)
-                rows.append({"alert": key, "pack": pack, "position": event.position, "due_at": _text(event.at)})
-        if rows:
-            chain.connection.execute(sa.insert(undecided), rows)
+                rows.append(_row(chain.append("alert", _body(alert), key=key)))
+                silent.add(key)
+            elif key in repeats and key not in silent and alert.status == "firing" and alert.sender != NEWS:
+                silent.add(key)
+                rows.append(_row(chain.append("heard", {**_body(alert), "evidence": None}, key=key)))
+        _reopen(chain, rows)
     return ids
+
+
+def _heard_lately(chain: Chain, alerts: Sequence[str]) -> set[str]:
+    """Those of `alerts` that are not to be written down again yet.
+
+    However many repeats come, an alert is written down once in SILENT, or twice in a window where the policy of the
+    pack's newest decision confirms by shorter ones.
+    """
+    query = sa.select(events.c.body).where(events.c.pack == chain.pack, events.c.kind == "decision")
+    newest = chain.connection.execute(query.order_by(events.c.position.desc()).limit(1)).scalar()
+    confirm = AdmissionPolicy.model_validate(json.loads(newest).get("policy", {})).confirm if newest else None
+    since = datetime.now(UTC) - (min(SILENT, confirm.each / 2) if confirm else SILENT)
+    lately = sa.select(events.c.key).where(
+        events.c.pack == chain.pack, events.c.at > since.isoformat(), events.c.kind.in_(("alert", "heard"))
+    )
+    return set(chain.connection.execute(lately).scalars()) & set(alerts)
+
+
+def _reopen(chain: Chain, rows: Sequence[dict[str, Any]]) -> None:
+    """Let these alerts be looked at; those that wait already keep their place, and are looked at at once."""
+    waiting: dict[str, str | None] = {}
+    for some in _batches([row["alert"] for row in rows]):
+        query = sa.select(undecided.c.alert, undecided.c.run_id).where(undecided.c.alert.in_(some))
+        waiting |= {row.alert: row.run_id for row in chain.connection.execute(query)}
+    if new := [row for row in rows if row["alert"] not in waiting]:
+        chain.connection.execute(sa.insert(undecided), new)
+    held = [row for row in rows if row["alert"] in waiting and waiting[row["alert"]] is None]
+    _change(chain, [{"row": row["alert"], "due_at": row["due_at"]} for row in held])
 
 
 def packs_due(database: Database, now: datetime) -> list[str]:
@@ -162,7 +205,9 @@ def record(
                 "now": now.isoformat(),
                 "seen": ruling.seen,
             }
-            if decision.outcome == "hold":
+            if ruling.stays and held[decision.alert] is None:
+                finals.append(decision.alert)
+            elif decision.outcome == "hold":
                 assert decision.until is not None, "a hold says until when"
                 if held[decision.alert] != decision.reason:
                     body["until"] = decision.until.isoformat()
@@ -177,6 +222,8 @@ def record(
                 finals.append(decision.alert)
         _change(chain, later)
         _remove(chain, finals)
+        heard = (event for event in _of(chain.connection, finals, "heard") if event.position > after)
+        _reopen(chain, list({event.key: _row(event) for event in heard}.values()))
     return True
 
 
@@ -214,19 +261,16 @@ def rebuild(database: Database, pack: str) -> int:
     """Make the index of undecided alerts of `pack` again from its events; return how many there are."""
     with database.chain(pack) as chain:
         rows: dict[str, dict[str, Any]] = {}
-        query = sa.select(*COLUMNS).where(events.c.pack == pack, events.c.kind.in_(("alert", "intent", "decision")))
+        query = sa.select(*COLUMNS).where(
+            events.c.pack == pack, events.c.kind.in_(("alert", "heard", "intent", "decision"))
+        )
         for row in chain.connection.execute(query.order_by(events.c.position)):
             event = event_of(row)
             key, body = str(event.key), event.body
-            if event.kind == "alert":
-                rows[key] = {
-                    "alert": key,
-                    "pack": pack,
-                    "position": event.position,
-                    "due_at": _text(event.at),
-                    "run_id": None,
-                    "held": None,
-                }
+            if event.kind == "alert" or (event.kind == "heard" and key not in rows):
+                rows[key] = {**_row(event), "run_id": None, "held": None}
+            elif event.kind == "heard":
+                rows[key]["due_at"] = _text(event.at)
             elif event.kind == "intent":
                 rows[key] |= {"run_id": event.run_id, "held": None, "due_at": _text(event.at)}
             elif body["outcome"] == "hold":
@@ -251,6 +295,24 @@ def alerts_of(
     return [(alert_of(event), last.get(event.key)) for event in found]
 
 
+def settled(database: Database, alerts: Sequence[str]) -> dict[str, Event]:
+    """The last final decision of each of `alerts` that has one, by the alert's id."""
+    with database.reading() as connection:
+        decisions = _of(connection, alerts, "decision")
+        return {str(event.key): event for event in decisions if event.body["outcome"] != "hold"}
+
+
+def heard_of(database: Database, alerts: Sequence[str]) -> dict[str, tuple[int, datetime]]:
+    """By its id, how often each of `alerts` that was heard again was, and when last."""
+    query = sa.select(events.c.key, sa.func.count(), sa.func.max(events.c.at)).where(events.c.kind == "heard")
+    with database.reading() as connection:
+        return {
+            str(key): (number, datetime.fromisoformat(last))
+            for some in _batches(alerts)
+            for key, number, last in connection.execute(query.where(events.c.key.in_(some)).group_by(events.c.key))
+        }
+
+
 def decisions_of(
     database: Database, pack: str | None = None, *, since: datetime | None = None, limit: int | None = None
 ) -> list[Event]:
@@ -259,7 +321,22 @@ def decisions_of(
 
 
 def _body(alert: NewAlert) -> dict[str, Any]:
-    return {**vars(alert), "as_of": alert.as_of and alert.as_of.isoformat()}
+    body = {**vars(alert), "as_of": alert.as_of and alert.as_of.isoformat()}
+    del body["ended_by"]
+    return body
+
+
+def _row(event: Event) -> dict[str, Any]:
+    """The row of the index for an alert that is due since this event."""
+    return {"alert": event.key, "pack": event.pack, "position": event.position, "due_at": _text(event.at)}
+
+
+def _known(connection: sa.Connection, alerts: Sequence[str]) -> set[str]:
+    """Those of `alerts` that were kept before."""
+    query = sa.select(events.c.key).where(events.c.kind == "alert")
+    return {
+        key for some in _batches(alerts) for key in connection.execute(query.where(events.c.key.in_(some))).scalars()
+    }
 
 
 def _of(connection: sa.Connection, alerts: Sequence[str], *kinds: str) -> Iterator[Event]:

@@ -197,6 +197,7 @@ def _notified(sender: str, alert: Notified) -> NewAlert:
         fingerprint=alert.fingerprint,
         evidence={key: value for key, value in evidence.items() if value},
         status=alert.status,
+        ended_by=f"{alert.fingerprint} {alert.startsAt} resolved" if alert.status == "firing" else None,
     )
 
 

@@ -158,6 +158,9 @@ class Count:
             self.waited_s += max(seconds, 0.0)
         if event.body["outcome"] == "retrain":
             self.spending.add(event)
+        about = event.body.get("seen", {}).get("alert", {})
+        if about.get("reopened") is not None:
+            self.undecided.setdefault(alert, about["sender"])
         if event.kind == "decision" and event.body["outcome"] != "hold":
             self.decided[self.undecided.pop(alert), event.body["outcome"]] += 1
 

@@ -10,13 +10,25 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from evergreen.database import Event
 from evergreen.pack import AdmissionPolicy
-from evergreen.triggers.admission import EXPIRES, Alert, Calendar, Decision, Past, Seen, alert_of, decide, decision_of
+from evergreen.triggers.admission import (
+    EXPIRES,
+    Alert,
+    Calendar,
+    Decision,
+    Earlier,
+    Past,
+    Seen,
+    alert_of,
+    decide,
+    decision_of,
+    stays,
+)
 
-OUTSIDE = ("alert", "snooze", "run", "stage", "receipt", "failure", "promotion")
+OUTSIDE = ("alert", "heard", "snooze", "run", "stage", "receipt", "failure", "promotion")
 """What admission does not do itself."""
 
 
@@ -83,6 +95,8 @@ def simulate(
     - an alert is first looked at when it was, and as long as the same is decided of it, it is looked at again when it
       was; once something else is decided, at the instants that its holds name, or when it is resolved or a snooze is
       set or ended; an alert that was never looked at is not looked at;
+    - an alert that was heard again is considered again when it was; once something else was decided of it, whenever it
+      was heard and nothing would have come of its last decision, as far as that is known;
     - whether the pack was paused or broken, and its calendar: as last seen;
     - runs that no alert started, with all that they did;
     - a run that an alert did start, where it would have been asked for at another time: it does what it did, as much
@@ -112,6 +126,11 @@ class _Replay:
         self.outside = deque(event for event in events if event.kind in OUTSIDE)
         self.end = max((event.at for event in events), default=datetime.min.replace(tzinfo=UTC))
         self.alerts = {str(event.key): (event.position, alert_of(event)) for event in events if event.kind == "alert"}
+        self.considered = {key: alert for key, (_, alert) in self.alerts.items()}
+        """The alerts as they are considered: for the first time, or again."""
+        self.heard = {event.position: alert_of(event) for event in events if event.kind == "heard"}
+        self.earlier: dict[str, Earlier] = {}
+        self.diverged: set[str] = set()
         self.asked_then = {str(run_id): look.now for look in self._looks("retrain") if (run_id := look.decision.run_id)}
         self.did: dict[str, list[Event]] = {}
         """What the runs did that alerts started."""
@@ -129,6 +148,8 @@ class _Replay:
             or 0.0
         )
 
+        self.stays = False
+        """The last look left its alert as it was decided before."""
         self.past = Past()
         self.position = 0
         self.would: dict[str, list[Look]] = {alert: [] for alert in self.alerts}
@@ -147,7 +168,6 @@ class _Replay:
         self.now = datetime.min.replace(tzinfo=UTC)
 
     def run(self, since: datetime | None) -> Replay:
-        diverged: set[str] = set()
         last_pass: tuple[datetime, int] | None = None
         for look, seen, in_force in self.recorded:
             self._go_on_until(look.now)
@@ -163,11 +183,13 @@ class _Replay:
                 self._wake(look.now, self._is_polled)
             self.calendar, self.in_force = seen.calendar or self.calendar, in_force
             alert = look.decision.alert
-            if alert not in diverged:
+            if alert not in self.diverged:
+                if (reopened := seen.alert.reopened) is not None and seen.earlier is not None:
+                    self.considered[alert], self.earlier[alert] = self.heard[reopened], seen.earlier
                 decision = self._look(alert, look.now)
                 self.would[alert].append(Look(look.now, decision))
                 if decision != look.decision:
-                    diverged.add(alert)
+                    self.diverged.add(alert)
                     self._put_off(decision)
         self._go_on_until(self.end)
         was: dict[str, list[Look]] = {alert: [] for alert in self.alerts}
@@ -193,11 +215,12 @@ class _Replay:
 
     def _look(self, alert_id: str, now: datetime) -> Decision:
         self.now = now
-        _, alert = self.alerts[alert_id]
-        policy = self.policy or self.in_force
-        seen = self.past.see(alert, policy, now, paused=self.paused, broken=self.broken, calendar=self.calendar)
+        alert, policy = self.considered[alert_id], self.policy or self.in_force
+        outside: dict[str, Any] = {"paused": self.paused, "broken": self.broken, "calendar": self.calendar}
+        seen = self.past.see(alert, policy, now, earlier=self.earlier.get(alert_id), **outside)
         decision = decide(alert, seen, policy, now)
         self.past.note(decision)
+        self.stays = stays(decision, seen)
         if decision.outcome == "retrain" and decision.run_id is not None:
             self._ask(decision.run_id, alert.pack, now)
         return decision
@@ -233,7 +256,8 @@ class _Replay:
                     self.past.end_pass()
                 self._happen_until(now)
                 decision, before = self._look(alert, now), self.would[alert][-1].decision
-                if decision.until is None or decision.reason != before.reason:
+                unchanged = decision.reason == before.reason if decision.until else self.stays and before.until is None
+                if not unchanged:
                     self.would[alert].append(Look(now, decision))
                 self._put_off(decision)
             else:
@@ -243,7 +267,7 @@ class _Replay:
         """Look at a held alert when its hold says; at one that is polled, when it expires if nothing changes before."""
         if decision.until is not None:
             alert = decision.alert
-            expires = self.alerts[alert][1].at + EXPIRES
+            expires = self.past.last_heard(self.considered[alert]) + EXPIRES
             self._look_at(alert, expires if self._is_polled(alert) else decision.until)
 
     def _look_at(self, alert: str, due: datetime) -> None:
@@ -273,6 +297,24 @@ class _Replay:
         elif event.kind == "alert" and event.body["status"] == "resolved":
             ended = event.body["fingerprint"]
             self._wake(event.at, lambda alert: self.alerts[alert][1].fingerprint == ended)
+        elif event.kind == "heard" and event.key in self.diverged:
+            self._hear(str(event.key), event)
+
+    def _hear(self, alert: str, event: Event) -> None:
+        """Look at an alert that went another way, now that it is heard again, unless its run may have answered it."""
+        last = self.would[alert][-1].decision
+        if last.outcome == "hold":
+            self._wake(event.at, lambda other: other == alert)
+            return
+        lost: Literal["failed"] | None = None
+        if last.run_id is not None:
+            ends = [e.kind for e in self.did.get(last.run_id, []) if e.at <= event.at and e.kind != "promotion"]
+            if ends[-1:] != ["failure"]:
+                return
+            lost = "failed"
+        self.considered[alert] = self.heard[event.position]
+        self.earlier[alert] = Earlier(outcome=last.outcome, run_id=last.run_id, lost=lost)
+        self._look_at(alert, event.at)
 
     def _let_happen(self, event: Event, at: datetime) -> None:
         heapq.heappush(self.to_come, (at, next(self.numbers), event))
@@ -301,7 +343,9 @@ def _recorded(events: Iterable[Event]) -> Iterator[_Recorded]:
     """The looks that history holds: of an intent and the decision that repeats it, the first."""
     intended: set[str | None] = set()
     for event in events:
-        if event.kind in ("intent", "decision") and event.key not in intended:
+        if event.kind == "decision" and event.key in intended:
+            intended.remove(event.key)
+        elif event.kind in ("intent", "decision"):
             if event.kind == "intent":
                 intended.add(event.key)
             look = Look(datetime.fromisoformat(event.body["now"]), decision_of(event))
@@ -318,8 +362,7 @@ def _totals(courses: Iterable[tuple[Look, ...]], cost: Callable[[str], float]) -
         held += any(look.decision.outcome == "hold" for look in looks)
         last = looks[-1].decision if looks else None
         outcomes[last.outcome if last else "hold"] += 1
-        if last is not None and last.outcome == "retrain":
-            runs.append(str(last.run_id))
+        runs += [str(look.decision.run_id) for look in looks if look.decision.outcome == "retrain"]
     return Totals(
         alerts=outcomes.total(),
         runs=len(runs),

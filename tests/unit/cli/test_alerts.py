@@ -9,6 +9,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import sqlalchemy as sa
 import uvicorn
 from fastapi import FastAPI
 from tests.servers import free_port
@@ -83,6 +84,9 @@ class Runs:
     def run_exists(self, _pack, _run_id):
         return self.start
 
+    def run_failed(self, _pack, _run_id):
+        return False
+
 
 def tell(database, *reasons, sender="grafana"):
     """Keep alerts with these reasons; return their ids."""
@@ -121,7 +125,7 @@ def test_what_was_refused_is_listed(ask, database):
     assert ask("alerts").startswith("no alerts")
 
 
-ALERT = "alert pack at sender reason fingerprint status as_of evidence outcome final rule because run_id until"
+ALERT = "alert pack at heard_again last_heard sender reason fingerprint status as_of evidence outcome final rule because run_id until"
 DECISION = "at pack alert outcome rule reason until run_id"
 LOOK = "now outcome rule reason until run_id"
 SIMULATED = "pack since policy was would guessed median_hours differences"
@@ -151,6 +155,22 @@ def test_alerts_are_readable_as_text(ask, decided):
     assert re.fullmatch(first, lines[-1])
     assert "not decided yet" in lines[1]
     assert "drop, dedupe" in lines[2]
+
+
+def test_an_alert_that_was_heard_again_says_how_often_and_when(settings, database, ask, decided):
+    """What became of it stays what its run is."""
+    with database.writing() as connection:
+        connection.execute(
+            sa.update(db.events).where(db.events.c.kind == "alert").values(at="2024-01-01T00:00:00+00:00")
+        )
+    tell(database, "it drifts")
+    loop.admit(settings, Runs())
+    row = next(row for row in ask("alerts", "--json") if row["alert"] == decided[0])
+    last = database.latest(key=decided[0], kind="heard").at
+    assert (row["heard_again"], row["last_heard"], row["outcome"]) == (1, last.isoformat(), "retrain")
+    lines = ask("alerts").splitlines()
+    assert "last heard" in lines[0]
+    assert f"2024-01-01 00:00  {last:%Y-%m-%d %H:%M}  churn  grafana  it drifts   retrain" in "\n".join(lines)
 
 
 def test_an_intent_is_not_shown_as_final(settings, database, ask):

@@ -8,7 +8,7 @@ from typing import Any
 
 from evergreen.database import Event
 from evergreen.pack import AdmissionPolicy
-from evergreen.triggers.admission import Calendar, Decision, Past, Seen, alert_of, decide
+from evergreen.triggers.admission import Calendar, Decision, Earlier, Past, Seen, alert_of, decide, stays
 
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
 
@@ -26,6 +26,8 @@ class World:
         self.paused: bool | None = False
         self.broken: str | None = None
         self.alerts: dict[str, Event] = {}
+        self.reopened: dict[str, Event] = {}
+        """By which event each alert is considered again."""
         self.undecided: dict[str, datetime] = {}
         self.held: dict[str, str] = {}
         self.intents: dict[str, Event] = {}
@@ -57,6 +59,26 @@ class World:
         self.alerts[key] = self.append("alert", body, key=key)
         self.undecided[key] = self.now
         return key
+
+    def hear(self, alert: str) -> None:
+        """A repeat of an alert's message comes."""
+        event = self.append("heard", self.alerts[alert].body, key=alert)
+        if alert not in self.undecided:
+            self.reopened[alert] = event
+            self.held.pop(alert, None)
+            self.undecided[alert] = self.now
+        elif alert not in self.intents:
+            self.undecided[alert] = min(self.undecided[alert], self.now)
+
+    def earlier(self, alert: str) -> Earlier | None:
+        """What was decided last of an alert that is considered again; its run failed where its last event says so."""
+        if alert not in self.reopened:
+            return None
+        finals = [e for e in self.events if (e.kind, e.key) == ("decision", alert) and e.body["outcome"] != "hold"]
+        run_id = finals[-1].run_id
+        ends = [e.kind for e in self.events if e.run_id == run_id and e.kind in ("run", "stage", "failure")]
+        lost = "failed" if run_id and ends[-1:] == ["failure"] else None
+        return Earlier(outcome=finals[-1].body["outcome"], run_id=run_id, lost=lost)
 
     def run(self, run_id: str, *, as_of: datetime | None = None) -> None:
         """A run begins."""
@@ -95,10 +117,13 @@ class World:
 
     def due(self) -> list[Event]:
         """The alerts to look at, oldest first; with those that a resolved one among them ends."""
-        waiting = {alert: self.alerts[alert] for alert in self.undecided if alert not in self.intents}
+        waiting = {
+            alert: self.reopened.get(alert, self.alerts[alert]) for alert in self.undecided if alert not in self.intents
+        }
         due = {alert for alert in waiting if self.undecided[alert] <= self.now}
         ended = {waiting[alert].body["fingerprint"] for alert in due if waiting[alert].body["status"] == "resolved"}
-        return [event for alert, event in waiting.items() if alert in due or event.body["fingerprint"] in ended]
+        found = [event for alert, event in waiting.items() if alert in due or event.body["fingerprint"] in ended]
+        return sorted(found, key=lambda event: event.position)
 
     def drain(self, *, dies: bool = False) -> dict[str, Decision]:
         """One pass over what is due, written down unless it dies first; the decisions by alert."""
@@ -112,7 +137,8 @@ class World:
         self.decided = []
         for event in due:
             alert = alert_of(event)
-            seen = past.see(alert, self.policy, now, paused=self.paused, broken=self.broken, calendar=self.calendar)
+            outside = {"paused": self.paused, "broken": self.broken, "earlier": self.earlier(alert.id)}
+            seen = past.see(alert, self.policy, now, calendar=self.calendar, **outside)
             decision = decide(alert, seen, self.policy, now)
             past.note(decision)
             self.decided.append((decision, seen))
@@ -149,7 +175,9 @@ class World:
                 "seen": seen.to_json(),
             }
             alert, run_id = decision.alert, decision.run_id
-            if decision.until is not None:
+            if stays(decision, seen) and alert not in self.held:
+                del self.undecided[alert]
+            elif decision.until is not None:
                 if self.held.get(alert) != decision.reason:
                     self.append("decision", body | {"until": decision.until.isoformat()}, key=alert)
                 self.held[alert], self.undecided[alert] = decision.reason, decision.until

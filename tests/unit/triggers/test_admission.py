@@ -20,12 +20,14 @@ from evergreen.triggers.admission import (
     Answer,
     Calendar,
     Champion,
+    Earlier,
     Last,
     Named,
     Repeated,
     Seen,
     Snoozed,
     Spent,
+    alert_of,
     decide,
     run_id_of,
 )
@@ -465,6 +467,199 @@ def test_new_data_needs_no_second_message():
     assert world.one(world.alert("data/p", sender="data")).outcome == "retrain"
 
 
+def test_a_complaint_confirms_itself_when_it_is_heard_again():
+    """One alert that keeps firing, and no second one."""
+    world = World(policy(confirm=TWO_OF_THREE))
+    alert = world.alert()
+    assert world.one(alert).rule == "confirm"
+    world.now += HOUR
+    world.hear(alert)
+    assert world.one(alert).outcome == "retrain"
+    assert started(world) == [run_id_of(alert)]
+
+
+def test_a_complaint_heard_many_times_in_one_window_is_not_confirmed():
+    """It is dropped once no window can confirm it any more."""
+    world = World(policy(confirm=TWO_OF_THREE))
+    alert = world.alert()
+    for _ in range(5):
+        world.drain()
+        world.now += 5 * MINUTE
+        world.hear(alert)
+    heard = world.now
+    assert world.one(alert).until == heard + 3 * HOUR
+    world.now = heard + 3 * HOUR
+    assert (world.one(alert).outcome, world.decided[0][0].rule) == ("drop", "confirm")
+
+
+# Heard again.
+
+
+def decided(world: World) -> int:
+    """How many decisions were written down."""
+    return sum(event.kind in ("intent", "decision") for event in world.events)
+
+
+def failed(world: World, alert: str) -> None:
+    """The alert's run begins, and fails."""
+    world.drain()
+    (run_id,) = world.asked()
+    world.run(run_id)
+    world.confirm()
+    world.fail(run_id)
+
+
+def test_an_alert_whose_run_failed_is_tried_again_when_it_is_heard_again():
+    """By a run of another id, which says where it was heard; without a repeat nothing is tried again."""
+    world = World(policy())
+    alert = world.alert()
+    failed(world, alert)
+    world.now += DAY
+    assert world.drain() == {}
+    world.hear(alert)
+    position = len(world.events)
+    decision = world.one(alert)
+    assert (decision.outcome, decision.run_id) == ("retrain", f"{run_id_of(alert)}__{position}")
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_alert_whose_run_is_on_its_way_or_ended_well_is_left_as_it_is(ends):
+    """However often it is heard; and nothing more is written down about it."""
+    world = World(policy())
+    alert = world.alert()
+    world.drain()
+    (run_id,) = world.asked()
+    world.run(run_id)
+    world.confirm()
+    if ends:
+        world.train(run_id, 1)
+    before = decided(world)
+    for _ in range(50):
+        world.now += HOUR
+        world.hear(alert)
+        decision = world.one(alert)
+        assert (decision.rule, decision.run_id) == ("answered", run_id)
+        assert decision.reason == f"{run_id} answers it already, and has not failed"
+    assert (decided(world), started(world)) == (before, [run_id])
+
+
+def test_a_repeat_while_its_run_is_asked_for_changes_nothing():
+    """The run does not exist yet."""
+    world = World(policy())
+    alert = world.alert()
+    world.drain()
+    world.hear(alert)
+    assert world.drain() == {}
+    assert len(started(world)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rules", "rule"),
+    [
+        ({"dedupe": 2 * HOUR}, "dedupe"),
+        ({"cooldown": 6 * HOUR}, "cooldown"),
+        ({"budget": Budget(runs=1, per=DAY)}, "budget"),
+        ({"confirm": Confirm(windows="3 of 3", each=HOUR)}, "confirm"),
+    ],
+)
+def test_a_run_that_failed_is_tried_again_no_more_often_than_the_policy_permits(rules, rule):
+    """What holds or drops a new alert holds or drops one that is heard again."""
+    world = World(policy())
+    alert = world.alert()
+    failed(world, alert)
+    world.policy = policy(**rules)
+    world.now += HOUR
+    world.hear(alert)
+    decision = world.one(alert)
+    assert decision.rule == rule
+    assert len(started(world)) == 1
+    if decision.until is not None and rule != "confirm":
+        world.now = decision.until
+        assert world.one(alert).outcome == "retrain"
+
+
+def test_a_complaint_that_was_dropped_is_considered_again_when_it_is_heard_again():
+    """Also one that was dropped as a repeat, once it is heard past the time in which repeats are dropped."""
+    world = World(policy(dedupe=HOUR, cooldown=HOUR))
+    world.alert()
+    again = world.alert()
+    world.drain()
+    (run_id,) = world.asked()
+    world.run(run_id)
+    world.fail(run_id)
+    world.confirm()
+    before = decided(world)
+    world.now += 30 * MINUTE
+    world.hear(again)
+    assert world.one(again).rule == "dedupe"
+    assert decided(world) == before
+    world.now += HOUR
+    world.hear(again)
+    assert world.one(again).outcome == "retrain"
+
+
+def test_an_alert_that_was_merged_into_a_run_that_failed_does_not_merge_into_it_again():
+    """Nor into one that was never seen to begin, where Airflow says that it failed."""
+    world = World(policy())
+    first, second = world.alert("drift"), world.alert("lateness")
+    world.drain()
+    world.confirm()
+    world.now += MINUTE
+    world.hear(second)
+    alert = alert_of(world.reopened[second])
+    lost = Earlier(outcome="merge", run_id=run_id_of(first), lost="failed")
+    decision = decide(alert, world.past().see(alert, world.policy, world.now, earlier=lost), world.policy, world.now)
+    assert (decision.outcome, decision.run_id) == ("retrain", run_id_of(second, alert.reopened))
+
+
+def test_a_resolved_complaint_is_not_tried_again():
+    """Held again for a cool-down, it is dropped when the sender says that it is over."""
+    world = World(policy())
+    alert = world.alert()
+    failed(world, alert)
+    world.policy = policy(cooldown=6 * HOUR)
+    world.now += HOUR
+    world.hear(alert)
+    assert world.one(alert).rule == "cooldown"
+    world.alert(status="resolved")
+    assert (world.one(alert).outcome, world.drain()) == ("drop", {})
+    assert len(started(world)) == 1
+
+
+def test_an_alert_that_still_fires_does_not_expire():
+    """Thirty days count from when it was heard last."""
+    world = World(policy())
+    world.paused = True
+    alert = world.alert()
+    world.drain()
+    world.now += EXPIRES - HOUR
+    world.hear(alert)
+    world.now += HOUR
+    assert world.one(alert).rule == "paused"
+    world.now += EXPIRES
+    assert world.one(alert).outcome == "dead"
+    world.paused = False
+    world.hear(alert)
+    assert world.one(alert).outcome == "retrain"
+
+
+def test_a_complaint_that_fires_for_a_week_starts_a_run_each_cooldown_at_most():
+    """Each of them fails; the alert is heard every minute."""
+    world = World(AdmissionPolicy(cooldown=6 * HOUR, budget=Budget(runs=10, per=7 * DAY)))
+    alert = world.alert()
+    for _ in range(7 * 24 * 12):
+        world.drain()
+        for run_id in world.asked():
+            world.run(run_id)
+            world.confirm()
+            world.fail(run_id)
+        world.now += 5 * MINUTE
+        world.hear(alert)
+    runs = [event.at for event in world.events if event.kind == "run"]
+    assert len(runs) == 10
+    assert all(later - earlier >= 6 * HOUR for earlier, later in itertools.pairwise(runs))
+
+
 # Brake.
 
 
@@ -698,6 +893,7 @@ def test_the_budget_waits_until_as_many_device_hours_are_out_as_it_takes():
 ALL = AdmissionPolicy(dedupe=HOUR, confirm=TWO_OF_THREE, cooldown=HOUR, budget=Budget(runs=1), brake=1)
 APPLIES = {
     "resolved": {"resolved": Named(id="alert-r", at=NOON)},
+    "answered": {"earlier": Earlier(outcome="retrain", run_id="alert__b")},
     "expired": {},
     "broken": {"broken": "why"},
     "dedupe": {"same": Repeated(id="alert-b", at=NOON)},

@@ -89,6 +89,146 @@ def test_a_repeat_gets_the_first_answer_and_is_not_kept(database):
     assert first[0] not in due_ids(database)
 
 
+def pass_silence(database):
+    """Let everything so far be an hour old."""
+    with database.writing() as connection:
+        for table, column in ((events, events.c.at), (undecided, undecided.c.due_at)):
+            for row in connection.execute(sa.select(table)).mappings().all():
+                earlier = (datetime.fromisoformat(row[column.name]) - LATER).isoformat(timespec="microseconds")
+                key = next(iter(table.primary_key.columns))
+                change = sa.update(table).where(key == row[key.name]).values({column.name: earlier})
+                connection.execute(change)
+
+
+def heard(database, key):
+    return [event.position for event in database.events(key=key, kind="heard")]
+
+
+def test_a_repeat_later_is_heard_and_its_alert_considered_again(database):
+    """It keeps its id and its first message; the last that the sender said is in the event."""
+    [key] = keep(database, 1)
+    record(database, [drop(key)])
+    pass_silence(database)
+    assert inbox.keep(database, "digits", [alert(0, reason="worse")]) == [key]
+    [again] = inbox.due(database, "digits", now())
+    assert (again.id, again.reason, again.reopened) == (key, "worse", database.latest("digits").position)
+    assert inbox.heard_of(database, [key])[key][0] == 1
+    [(listed, last)] = inbox.alerts_of(database)
+    assert (listed.reason, last.body["outcome"]) == ("r", "drop")
+
+
+def test_a_storm_of_repeats_is_written_down_once_in_thirty_seconds(database):
+    """A thousand at once, and a thousand a little later."""
+    [key] = keep(database, 1)
+    for _ in range(3):
+        pass_silence(database)
+        for _ in range(3):
+            assert inbox.keep(database, "digits", [alert(0)] * 300) == [key] * 300
+    assert len(heard(database, key)) == 3
+
+
+def test_repeats_are_written_down_twice_in_a_window_that_is_shorter(database):
+    """By the policy of the newest decision: else they could not confirm."""
+    [key] = keep(database, 1)
+    policy = {"confirm": {"windows": "2 of 3", "each": "1s"}}
+    ruling = Ruling(hold(key, now() + LATER), SEEN)
+    inbox.record(database, "digits", [ruling], policy=policy, now=now(), after=database.latest("digits").position)
+    began = now()
+    while not heard(database, key):
+        assert now() - began < timedelta(seconds=20)
+        keep(database, 1)
+    assert now() - began >= timedelta(seconds=0.4)
+
+
+def test_a_repeat_of_a_held_alert_lets_it_be_looked_at(database):
+    """It may confirm now; its place in the order and what it was held for stay."""
+    [key] = keep(database, 1)
+    record(database, [hold(key, now() + 3 * LATER)])
+    pass_silence(database)
+    before = rows(database)
+    keep(database, 1)
+    assert rows(database) == before
+    [found] = inbox.due(database, "digits", now())
+    assert (found.id, found.reopened) == (key, None)
+
+
+def test_a_repeat_of_an_alert_whose_run_is_asked_for_leaves_it_alone(database):
+    """The run is on its way."""
+    [key] = keep(database, 1)
+    record(database, [retrain(key)], conf=CONF)
+    pass_silence(database)
+    keep(database, 1)
+    assert len(heard(database, key)) == 1
+    assert due_ids(database) == []
+    assert [event.key for event in inbox.intended(database)] == [key]
+
+
+def test_a_repeat_that_comes_while_its_alert_is_decided_is_not_lost(database):
+    """The decision stands; the alert is looked at again."""
+    [key] = keep(database, 1)
+    head = database.latest("digits").position
+    pass_silence(database)
+    keep(database, 1)
+    assert record(database, [drop(key)], after=head)
+    [again] = inbox.due(database, "digits", now())
+    assert (again.id, again.reopened) == (key, heard(database, key)[0])
+
+
+def test_an_alert_that_keeps_its_decision_leaves_no_trace(database):
+    """Unless it was held in between: then the hold has an end."""
+    [key] = keep(database, 1)
+    record(database, [drop(key)])
+    for holds in (False, True):
+        pass_silence(database)
+        keep(database, 1)
+        if holds:
+            record(database, [hold(key, now())])
+        number = len(database.events("digits"))
+        ruling = Ruling(drop(key), SEEN, stays=True)
+        after = database.latest("digits").position
+        assert inbox.record(database, "digits", [ruling], policy=POLICY, now=now(), after=after)
+        assert len(database.events("digits")) == number + holds
+        assert due_ids(database) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        ({"sender": "data"}, {"sender": "data"}),
+        ({"status": "resolved"}, {"status": "resolved"}),
+    ],
+    ids=["new data", "resolved"],
+)
+def test_what_is_no_complaint_is_not_heard_again(database, first, again):
+    """New data is read again every minute; a complaint is over once."""
+    [key] = inbox.keep(database, "digits", [alert(1, **first)])
+    pass_silence(database)
+    assert inbox.keep(database, "digits", [alert(1, **again)]) == [key]
+    assert heard(database, key) == []
+
+
+def test_a_complaint_that_is_over_is_not_heard_again(database):
+    """A message of the same firing that comes late, as from another of several Alertmanagers."""
+    firing, over = alert("a firing", ended_by="a resolved"), alert("a resolved", status="resolved")
+    [key] = inbox.keep(database, "digits", [firing])
+    inbox.keep(database, "digits", [over])
+    pass_silence(database)
+    assert inbox.keep(database, "digits", [firing]) == [key]
+    assert heard(database, key) == []
+
+
+def test_the_index_made_again_holds_what_was_heard_again(database):
+    """As it was."""
+    keys = keep(database, 2)
+    record(database, [drop(keys[0]), hold(keys[1], now() + LATER)])
+    pass_silence(database)
+    keep(database, 2)
+    before = rows(database)
+    inbox.rebuild(database, "digits")
+    assert rows(database) == before
+    assert due_ids(database) == [keys[1], keys[0]]
+
+
 def test_ids_tell_packs_senders_and_messages_apart(database):
     """One sender's id of a message means nothing in another pack or from another sender."""
     ids = {inbox.alert_id(*told) for told in [("a", "b", "c"), ("a", "b", "d"), ("a", "c", "c"), ("b", "b", "c")]}
