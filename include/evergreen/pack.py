@@ -6,10 +6,14 @@ mistake is a `PackError` that names the file, the line, the value and the neares
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -598,29 +602,43 @@ class Pack(Part):
         """sha256 over the names and bytes of the pack's Python files."""
         digest = hashlib.sha256()
         for file in self.python_files:
-            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+            digest.update(file.name.encode() + b"\0" + read_own(file) + b"\0")
         return digest.hexdigest()
 
     @property
     def card(self) -> str:
         """The model card, `README.md` of the folder; the description where there is none."""
         file = self.folder / "README.md"
-        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else self.description
+        return read_own(file).decode(errors="replace") if file.is_file() else self.description
 
     @classmethod
     def load(cls, folder: Path) -> Pack:
-        """The pack in `folder`. Raises PackError naming file, line, value and fix."""
+        """The pack in `folder`. Raises PackError naming file, line, value and fix, whatever `pack.yaml` holds."""
+        try:
+            return cls._load(folder)
+        except PackError:
+            raise
+        except Exception as error:  # one pack must not stop what serves all of them
+            raise PackError(
+                f"{folder / 'pack.yaml'} holds a value that cannot be used: {type(error).__name__}: {error}",
+                fix="change the value that the text names; `evergreen new NAME` makes a pack to compare with",
+            ) from error
+
+    @classmethod
+    def _load(cls, folder: Path) -> Pack:
         file = folder / "pack.yaml"
         if not NAME.fullmatch(folder.name):
             raise PackError(f"{folder}: {folder.name!r} cannot name a pack", fix=NAMING)
         try:
-            text = file.read_text(encoding="utf-8")
+            text = read_own(file, MAX_YAML_BYTES).decode()
         except FileNotFoundError:
             raise PackError(
                 f"{file} does not exist", fix=f"write it, or start from `evergreen new {folder.name}`"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise PackError(f"{file} cannot be read: {error}", fix="make it a readable UTF-8 file") from error
+        for other in (*sorted(folder.glob("*.py")), folder / "README.md"):
+            _require_own(other)
         values, lines = _parse(file, text)
         expectations = values.get("expectations")
         if isinstance(expectations, list):
@@ -637,6 +655,37 @@ class Pack(Part):
                 )
         _agrees(file, pack, lines)
         return pack
+
+
+def read_own(file: Path, most_bytes: int | None = None) -> bytes:
+    """The bytes of a file of a pack, opened without following a link: others' files are none of a pack's.
+
+    Raises PackError for a link, for anything but a regular file, and for more than `most_bytes`; OSError.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _foreign(file, "a link") from error
+        raise
+    with os.fdopen(descriptor, "rb") as opened:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise _foreign(file, "no regular file")
+        if most_bytes is not None and about.st_size > most_bytes:
+            raise PackError(f"{file} has {about.st_size} bytes, and {most_bytes} are allowed", fix="make it shorter")
+        return opened.read()
+
+
+def _require_own(file: Path) -> None:
+    """Raise PackError where `file` is there and is no regular file."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise _foreign(file, "a link" if file.is_symlink() else "no regular file")
+
+
+def _foreign(file: Path, kind: str) -> PackError:
+    return PackError(f"{file} is {kind}", fix="put the file itself into the pack's folder")
 
 
 def find(packs: Path) -> list[Path]:
@@ -679,10 +728,15 @@ def load_policy(file: Path) -> AdmissionPolicy:
 
 
 Location = tuple[str | int, ...]
+MAX_YAML_BYTES = 2**20
+"""Of a `pack.yaml`: what is read by everything that serves all packs."""
+MAX_DEPTH = 100
+"""Levels of mappings and lists within one another."""
 
 
 def _parse(file: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:  # noqa: C901  one case a line
     """The YAML mapping as plain values, and the 1-based line of every key and item by its path."""
+    _require_shallow(file, text)
     loader = CoreLoader(text)
     lines: dict[Location, int] = {}
     seen: set[int] = set()
@@ -738,6 +792,24 @@ def _parse(file: Path, text: str) -> tuple[dict[str, Any], dict[Location, int]]:
                 f"{file}:{lines[(reserved,)]}: {reserved}: is not written; the folder says it", fix="delete the line"
             )
     return values, lines
+
+
+def _require_shallow(file: Path, text: str) -> None:
+    """Raise PackError for YAML that is nested deeper than `MAX_DEPTH`: composing it recurses, and would end the process."""
+    indents = (len(line) - len(line.lstrip(" -?:")) for line in text.splitlines())
+    if text.count("[") + text.count("{") + max(indents, default=0) <= MAX_DEPTH:
+        return  # each level needs a bracket, or a column before the text of a line: parsing can be saved
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=CoreLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise PackError(
+                    f"{file}:{getattr(event.start_mark, 'line', 0) + 1}: nested deeper than {MAX_DEPTH} levels",
+                    fix="write fewer brackets, or indent less",
+                )
+    except yaml.YAMLError:
+        return  # `_parse` meets it again, and says where
 
 
 def _expectations(file: Path, items: list[Any], lines: Mapping[Location, int]) -> list[dict[str, Any]]:

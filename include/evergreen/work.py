@@ -16,7 +16,7 @@ from evergreen.data.store import Store
 from evergreen.database import Event
 from evergreen.errors import EvergreenError, JobError, StoreError
 from evergreen.keys import note
-from evergreen.pack import Pack
+from evergreen.pack import Pack, read_own
 from evergreen.registry.ledger import Checkpoint
 from evergreen.run import Manifest, Ref, Run, digest
 from evergreen.settings import Settings
@@ -108,7 +108,7 @@ def copy_python(pack: Pack, folder: Path) -> None:
     target = folder / "pack"
     target.mkdir(parents=True)
     for file in pack.python_files:
-        shutil.copyfile(file, target / file.name)
+        (target / file.name).write_bytes(read_own(file))
 
 
 def finish_job(run: Run, stage: str, spec: jobs.JobSpec, fill: Callable[[Path], None]) -> jobs.JobResult:

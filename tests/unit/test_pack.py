@@ -1,5 +1,6 @@
 """What a user may write in pack.yaml, as values. What is wrong in one: tests/contract/test_invalid_packs.py."""
 
+import os
 import subprocess
 import sys
 from datetime import UTC, date, datetime, timedelta
@@ -324,3 +325,45 @@ def test_a_password_in_a_source_is_refused_and_not_repeated(source, tmp_path):
     with pytest.raises(PackError, match="holds a password: make an Airflow connection of it") as caught:
         Pack.load(tmp_path / "wrong")
     assert "hush" not in str(caught.value)
+
+
+HOSTILE = {
+    "brackets": "description: " + "[" * 200_000,
+    "closed brackets": "description: " + "[" * 2000 + "]" * 2000,
+    "braces": "x: " + "{a: " * 5000,
+    "dashes": "- " * 5000 + "a",
+    "deep blocks": "\n".join(" " * n + "a:" for n in range(3000)),
+    "a seed of 5,000 digits": PACK.replace("timeout: 90m", f"seed: {'9' * 5000}"),
+    "an instant that overflows": PACK.replace("start: 2013-04-01", "start: '9999-12-31T23:59:59-23:59'"),
+    "ten megabytes": PACK + "# " + "x" * 10_000_000,
+    "a null character": PACK + "\0",
+    "not UTF-8": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_pack_yaml_stops_what_serves_all_packs(name, tmp_path):
+    """However deep, large or strange, it is a PackError that names the file, in a short time and little memory."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    (folder / "model.py").write_text("")
+    content = HOSTILE[name]
+    (folder / "pack.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PackError, match=r"pack\.yaml"):
+        Pack.load(folder)
+
+
+@pytest.mark.parametrize("name", ["pack.yaml", "README.md", "model.py", "other.py"])
+def test_a_link_in_a_pack_is_refused(name, tmp_path):
+    """A link may lead to a secret, and a pipe would never end: neither is opened."""
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    (folder / "model.py").write_text("")
+    (folder / "pack.yaml").write_text(PACK)
+    secret = tmp_path / "secret"
+    secret.write_text(PACK)
+    for make in (lambda: os.mkfifo(folder / name), lambda: (folder / name).symlink_to(secret)):
+        (folder / name).unlink(missing_ok=True)
+        make()
+        with pytest.raises(PackError, match=name.replace(".", r"\.")):
+            Pack.load(folder)
