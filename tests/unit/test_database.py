@@ -187,6 +187,16 @@ def test_a_dead_holders_lease_ends(database):
         assert time.monotonic() - began < 20
 
 
+def test_a_clock_that_was_ahead_holds_no_lease_for_a_year(database):
+    """Once the clock is right again, a dead process's lease ends after its time to live, and not when it says."""
+    with database.writing() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO leases VALUES ('digits', 'dead', 'token', '2999-01-01T00:00:00.000000+00:00')"
+        )
+    with database.lease("digits", "alive", ttl_s=0.5, wait_s=20):
+        assert database.holder("digits") == "alive"
+
+
 def test_a_lease_is_renewed_while_it_is_held(database):
     """Work longer than the lease's time keeps the lease: its end moves on."""
 
