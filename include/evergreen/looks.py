@@ -202,6 +202,8 @@ def predict_with(settings: Settings, name: str, model: Path, rows: pl.DataFrame,
     try:
         jobs.wait(handle)
         return pl.read_parquet(handle.output / "predictions.parquet")
+    except EvaluationError as error:
+        raise EvaluationError(f"{what}: {error.what}", fix=error.fix) from error
     finally:
         jobs.discard(settings, spec.id)
 

@@ -41,7 +41,6 @@ from evergreen.training.jobs import (
     JobSpec,
     TrainingData,
     classes_as_json,
-    column_types,
     pinned,
     sizes,
 )
@@ -50,6 +49,7 @@ from evergreen.training.runtimes import process
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    import pyarrow as pa
 
 PICKLES = frozenset([".pkl", ".pickle", ".pt", ".pth", ".joblib"])
 
@@ -118,6 +118,7 @@ def train(folder: Path, spec: JobSpec, device: str) -> dict[str, Any]:
     model = folder / "output" / "model"
     model.mkdir()
     job = Job(
+        columns=spec.columns,
         params=spec.params,
         seed=spec.seed,
         device=device,
@@ -128,9 +129,7 @@ def train(folder: Path, spec: JobSpec, device: str) -> dict[str, Any]:
     random.seed(spec.seed)
     np.random.seed(spec.seed)  # noqa: NPY002  packs and scikit-learn draw from the global generator
     function(TrainingData(folder / "input", target=spec.target, event_time=spec.event_time, task=spec.task), job)
-    inputs = job.inputs or {
-        name: kind for name, kind in column_types(folder / "input" / "train").items() if name != spec.target
-    }
+    inputs = job.inputs or {name: kind for name, kind in job.types.items() if name != spec.target}
     if spec.target in inputs:
         raise TrainingError(
             f"describe(inputs=…): the model takes {spec.target!r}, the target", fix="leave it out: no client knows it"
@@ -138,13 +137,17 @@ def train(folder: Path, spec: JobSpec, device: str) -> dict[str, Any]:
     described: dict[str, Any] = {
         "task": spec.task,
         "inputs": inputs,
+        "dtypes": "nullable",
         "requirements": job.requirements or (pinned("numpy"), pinned("pandas")),
     }
     if (classes := _classes(folder / "input" / "train", job, spec)) is not None:
         described["classes"] = classes
     check_model_folder(model, folder)
     (model / "model.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    return {**{name: value for name, value in described.items() if name != "task"}, "metrics": job.metrics}
+    return {
+        **{name: value for name, value in described.items() if name not in ("task", "dtypes")},
+        "metrics": job.metrics,
+    }
 
 
 def _classes(rows: Path, job: Job, spec: JobSpec) -> tuple[Class, ...] | None:
@@ -214,7 +217,8 @@ def score(folder: Path, spec: JobSpec) -> dict[str, Any]:
     started = time.monotonic()
     model = _import(folder / "input" / "model" / "loader.py").load(folder / "input" / "model")
     classes = _stated_classes(folder / "input" / "model")
-    frames = _frames(sorted((folder / "input" / "rows").glob("*.parquet")))
+    to_frame = _to_frame(folder / "input" / "model", spec)
+    frames = _frames(sorted((folder / "input" / "rows").glob("*.parquet")), to_frame)
     first = next(frames)
     _leaves_as_it_is(model, first.head(64), spec)
     predicted = [
@@ -234,18 +238,42 @@ def score(folder: Path, spec: JobSpec) -> dict[str, Any]:
     notes = {}
     for place, sample in enumerate(samples):
         left_s = started + 0.9 * spec.timeout_s - time.monotonic()
-        if (note := _permuted(model, sample, folder / "output", spec, left_s / (len(samples) - place))) is not None:
+        if (
+            note := _permuted(model, sample, folder / "output", spec, left_s / (len(samples) - place), to_frame)
+        ) is not None:
             notes[sample.name] = note
     return {"metrics": {"rows": len(values), **latency}, "notes": notes}
 
 
-def _frames(files: Sequence[Path]) -> Iterator[pd.DataFrame]:
+def _to_frame(model: Path, spec: JobSpec) -> Callable[[pa.Table, int], pd.DataFrame]:
+    """Return the function that turns rows into a frame of the types that the model folder declares.
+
+    It takes the number of the first row for messages, and raises EvaluationError for a value that does not fit.
+    """
+    from evergreen import conversion
+
+    file = model / "model.json"
+    described = json.loads(file.read_bytes()) if file.is_file() else {"inputs": {}}
+
+    def to_frame(table: pa.Table, first_row: int) -> pd.DataFrame:
+        try:
+            return conversion.from_arrow(table, described, first_row=first_row)
+        except conversion.ConversionError as error:
+            raise EvaluationError(
+                f"the model of {spec.pack} cannot take the rows: {error.what}", fix=error.fix
+            ) from error
+
+    return to_frame
+
+
+def _frames(files: Sequence[Path], to_frame: Callable[[pa.Table, int], pd.DataFrame]) -> Iterator[pd.DataFrame]:
     """The rows of Parquet files, in frames of whole files and about `FRAME_CELLS` values at most; at least one frame."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.unify_schemas([pq.read_schema(file) for file in files], promote_options="permissive")
     tables: list[pa.Table] = []
+    first_row = 0
     for place, file in enumerate(files, start=1):
         tables.append(pq.ParquetFile(file).read())
         cells = sum(table.num_rows for table in tables) * len(schema)
@@ -253,10 +281,18 @@ def _frames(files: Sequence[Path]) -> Iterator[pd.DataFrame]:
             # Every frame has the types that the columns have over all files.
             whole = pa.concat_tables([schema.empty_table(), *tables], promote_options="permissive")
             tables = []
-            yield whole.to_pandas()
+            yield to_frame(whole, first_row)
+            first_row += whole.num_rows
 
 
-def _permuted(model: Any, sample: Path, output: Path, spec: JobSpec, left_s: float) -> str | None:
+def _permuted(
+    model: Any,
+    sample: Path,
+    output: Path,
+    spec: JobSpec,
+    left_s: float,
+    to_frame: Callable[[pa.Table, int], Any],
+) -> str | None:
     """Predict a sample's rows as they are, and with the values of one column permuted at a time.
 
     `sample` has `rows.parquet` and `sample.json`: the columns, the place of each row's partner, and the time that may be
@@ -273,7 +309,7 @@ def _permuted(model: Any, sample: Path, output: Path, spec: JobSpec, left_s: flo
     (output / "samples").mkdir(exist_ok=True)
     with (output / "samples" / f"{sample.name}.npy").open("wb") as file:
         try:
-            original = pq.ParquetFile(sample / "rows.parquet").read().to_pandas()
+            original = to_frame(pq.ParquetFile(sample / "rows.parquet").read(), 0)
             rows = original.copy()
             partners = np.array(told["partners"], dtype=np.int64)
             np.save(file, checked_predictions(model.predict(rows), len(rows), spec), allow_pickle=False)

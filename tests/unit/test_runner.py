@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 import safetensors.numpy
 
+from evergreen import conversion
 from evergreen.errors import EvaluationError, PackError, SourceError, TrainingError
 from evergreen.pack import parse_instant
 from evergreen.run import Window
@@ -85,6 +86,9 @@ def train(settings, source=TRAIN, **changes):
     return finish(settings, "train", fill, **{"call": "model:train", **changes})
 
 
+INPUTS = {"x": "float", "carrier": "string", "t": "int"}
+
+
 def score(settings, prediction, sample=None, **changes):
     """The predictions of a model whose `predict` returns this expression; `sample`: rows, and what is told of them."""
 
@@ -92,6 +96,9 @@ def score(settings, prediction, sample=None, **changes):
         (folder / "model").mkdir()
         (folder / "model" / "weight.json").write_text("1.0")
         (folder / "model" / "loader.py").write_text(LOADER.replace("PREDICTION", prediction))
+        inputs = {name: kind for name, kind in INPUTS.items() if sample is None or name in sample[0].columns}
+        described = {"task": "binary", "inputs": inputs, "dtypes": "nullable", "requirements": []}
+        (folder / "model" / "model.json").write_text(json.dumps(described))
         (folder / "rows").mkdir()
         ROWS[:3].drop("y").write_parquet(folder / "rows" / "0.parquet")
         ROWS[3:].drop("y").write_parquet(folder / "rows" / "1.parquet")
@@ -385,9 +392,14 @@ def test_rows_of_a_wide_table_are_predicted_in_several_frames(settings, tmp_path
     for name, frame in (("a", ROWS[:3]), ("b", ROWS[3:].with_columns(x=pl.lit(None)))):
         frame.write_parquet(tmp_path / f"{name}.parquet")
     files = sorted(tmp_path.glob("*.parquet"))
-    whole = list(_frames(files))
+
+    def to_frame(table, first_row):
+        described = {"inputs": INPUTS | {"y": "bool"}, "dtypes": "nullable"}
+        return conversion.from_arrow(table, described, first_row=first_row)
+
+    whole = list(_frames(files, to_frame))
     monkeypatch.setattr("evergreen.runner.FRAME_CELLS", 1)
-    parts = list(_frames(files))
+    parts = list(_frames(files, to_frame))
     assert ([len(each) for each in whole], [len(each) for each in parts]) == ([4], [3, 1])
     assert pd.concat(parts, ignore_index=True).equals(whole[0])
     assert all(each.dtypes.equals(whole[0].dtypes) for each in parts)

@@ -416,6 +416,7 @@ def monitor(run: Run, ingested: Ingested | None, validated: Validated | None) ->
                 "columns.py",
                 "work.py",
                 "runner.py",
+                "conversion.py",
             )
         )
         + tuple(PACKAGE / "evaluation" / f"{name}.py" for name in MEASURES)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 ENTRY = Path(__file__).with_name("entry.py")
+CONVERSION = Path(__file__).parents[1] / "conversion.py"
+"""Stored with each version, for `entry.py` to use where Evergreen is not installed."""
 KEY = "evergreen.key"
 COMPLETE = "evergreen.complete"
 """The tag written last: a version without it is what a killed registration left, and the next one completes it."""
@@ -49,20 +51,6 @@ LONGEST = {"param": 6000, "tag": 5000}
 """Characters. MLflow cuts longer values without a word; here they are replaced by the name of the artifact that has them."""
 LINEAGE = "lineage.json"
 """The artifact of the MLflow run that holds the whole lineage."""
-
-# Column type in model.json → type in the MLflow signature, which MLflow enforces on every prediction without ever
-# casting int64 to double or reading a null into long. A column of integers comes from pandas as int64 when no value is
-# missing and as float64 when one is, so neither type takes raw rows: `any` does, and the loader sees what came.
-# `datetime` would refuse instants with a zone. What each column really is stands in the model's metadata.
-COLUMN_TYPES = {
-    "bool": "boolean",
-    "int": "any",
-    "float": "double",
-    "string": "string",
-    "datetime": "any",
-    "date": "datetime",
-}
-
 
 ON_VERSION = frozenset(
     ["evergreen.run_id", "evergreen.as_of", "evergreen.reason", "evergreen.snapshot.tag", "evergreen.code.revision"]
@@ -577,7 +565,7 @@ def _save(target: Path, folder: Path, input_example: pd.DataFrame, *, model_id: 
         mlflow.pyfunc.save_model(
             path=str(target),
             python_model=str(ENTRY),
-            artifacts={"model": str(room / "model")},
+            artifacts={"model": str(room / "model"), "conversion": str(CONVERSION)},
             signature=_signature(described["inputs"]),
             input_example=input_example,
             pip_requirements=[f"mlflow=={mlflow.__version__}", *described["requirements"]],
@@ -587,14 +575,16 @@ def _save(target: Path, folder: Path, input_example: pd.DataFrame, *, model_id: 
 
 
 def _signature(inputs: Mapping[str, str]) -> ModelSignature:
-    """The raw columns and their types; see COLUMN_TYPES."""
+    """The raw columns, each of any type.
+
+    MLflow would enforce a type before the version's own conversion sees the rows, and refuses what loses nothing: whole
+    numbers as floats where one is missing, numbers in text, instants with a zone. What each column really is stands in
+    the model's metadata.
+    """
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, ColSpec, Schema
 
-    types = {column: COLUMN_TYPES[kind] for column, kind in inputs.items()}
-    return ModelSignature(
-        inputs=Schema([ColSpec(AnyType() if kind == "any" else kind, column) for column, kind in types.items()])
-    )
+    return ModelSignature(inputs=Schema([ColSpec(AnyType(), column) for column in inputs]))
 
 
 def _dataset(lineage: Lineage) -> Any:

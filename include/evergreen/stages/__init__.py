@@ -223,7 +223,7 @@ def train(run: Run, snapshot: Snapshot) -> Trained:
     code = _code("training/*.py", "training/runtimes/*.py", "runner.py", pack=pack)
     inputs = {"data": snapshot.hash, "windows": snapshot.windows.model_dump(mode="json")}
     job_id = job_id_of(run, "train", {**parameters, **inputs, "code": code_hash(code)})
-    spec = job_spec(run, "train", job_id, call=pack.training.call)
+    spec = job_spec(run, "train", job_id, call=pack.training.call, columns=manifest.columns)
 
     def fill(folder: Path) -> None:
         copy_python(pack, folder)
@@ -327,7 +327,7 @@ def evaluate(run: Run, snapshot: Snapshot, trained: Trained) -> Evaluated:
             "task": pack.data.task,
             **({"image": trained.image} if trained.image else {}),
         },
-        code=_code("evaluation/*.py", "runner.py"),
+        code=_code("evaluation/*.py", "runner.py", "conversion.py"),
         act=act,
         outputs=lambda value: [
             ref
@@ -406,7 +406,9 @@ def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Traine
         "register",
         result=Registered,
         inputs={"model": trained.model.hash, "data": snapshot.hash},
-        code=_code("registry/models.py", "registry/entry.py", "registry/lineage.py", "monitoring/*.py"),
+        code=_code(
+            "registry/models.py", "registry/entry.py", "registry/lineage.py", "monitoring/*.py", "conversion.py"
+        ),
         act=act,
         outputs=lambda _value: [],
         intact=store.verify,
@@ -655,7 +657,8 @@ def _example(store: Store, snapshot: Snapshot, trained: Trained) -> Any:
     import polars as pl
 
     first = manifest_of(store, snapshot.manifest).partitions[0]
-    return pl.read_parquet(store.path(first.object)).head(5).select(list(trained.inputs)).to_pandas()
+    rows = pl.read_parquet(store.path(first.object)).head(5).select(list(trained.inputs))
+    return rows.to_arrow().to_pandas(integer_object_nulls=True)  # an integer beside a missing one stays exact
 
 
 def build_docs(settings: Settings, pack: Pack, folder: Path) -> Path:

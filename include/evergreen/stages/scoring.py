@@ -268,19 +268,25 @@ def predict(settings: Settings, version: ModelVersion, file: Path) -> pl.DataFra
 
     Raises EvaluationError when the file or its columns are not what the model takes.
     """
-    import polars as pl
-
-    try:
-        rows = (
-            pl.read_csv(file, infer_schema_length=None, try_parse_dates=True, null_values=["", "NA"])
-            if file.suffix == ".csv"
-            else pl.read_parquet(file)
-        )
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise EvaluationError(
-            f"{file} cannot be read: {error}", fix="give a Parquet file, or a .csv with a header"
-        ) from error
+    rows = rows_of(file)
     registry = Registry(settings)
     with tempfile.TemporaryDirectory(prefix="evergreen-predict-") as folder:
         model = registry.folder(version.name, version.version, Path(folder) / "model")
         return looks.predict_with(settings, version.name, model, rows, str(file))
+
+
+def rows_of(file: Path) -> pl.DataFrame:
+    """Read the raw rows of a Parquet or CSV file; of a CSV all as text, since the model declares what each column is.
+
+    Raises EvaluationError.
+    """
+    import polars as pl
+
+    try:
+        if file.suffix == ".csv":
+            return pl.read_csv(file, infer_schema=False, null_values=["", "NA"])
+        return pl.read_parquet(file)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise EvaluationError(
+            f"{file} cannot be read: {error}", fix="give a Parquet file, or a .csv with a header"
+        ) from error

@@ -75,6 +75,8 @@ class JobSpec(Value):
     timeout_s: float
     window: Window | None = None
     """For `read`: which rows."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For `train`: column → type over the whole snapshot."""
     container: Container | None = None
     """None: a process."""
 
@@ -472,6 +474,8 @@ class Job:
     """Leave the model folder here: `loader.py` and its data; no pickle."""
     checkpoint: Checkpoint
     folder: Path
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Column → type over the whole snapshot, as far as it is known."""
     inputs: dict[str, str] | None = field(default=None, init=False)
     requirements: tuple[str, ...] | None = field(default=None, init=False)
     classes: tuple[Class, ...] | None = field(default=None, init=False)
@@ -510,16 +514,23 @@ class Job:
 
         `classes`: of a multiclass model, one for each column of its predictions, in their order. Without this call: all
         columns but the target, numpy and pandas, and the sorted values of the target in the training window. Types are
-        taken from the training rows, versions from what is installed. Raises TrainingError for a column or a
+        those of the snapshot, versions those that are installed. Raises TrainingError for a column or a
         distribution that is not there, and for classes that are not distinct bools, numbers or texts.
         """
-        types = column_types(self.folder / "input" / "train")
         for name in inputs:
-            if name not in types:
-                raise TrainingError(f"describe(inputs=…): the data has no column {name!r}", fix=nearest(name, types))
-        self.inputs = {name: types[name] for name in inputs}
+            if name not in self.types:
+                raise TrainingError(
+                    f"describe(inputs=…): the data has no column {name!r}", fix=nearest(name, self.types)
+                )
+        self.inputs = {name: self.types[name] for name in inputs}
         self.requirements = tuple(sorted(pinned(name) for name in requirements))
         self.classes = None if classes is None else classes_as_json(classes)
+
+    @cached_property
+    def types(self) -> dict[str, str]:
+        """Column → type of the training rows. A column's type over the snapshot wins: here it may have no value."""
+        types = column_types(self.folder / "input" / "train")
+        return {name: self.columns.get(name, kind) for name, kind in types.items()}
 
 
 def classes_as_json(classes: Sequence[Any]) -> tuple[Class, ...]:
@@ -553,7 +564,7 @@ def pinned(distribution: str) -> str:
 
 
 def column_types(folder: Path) -> dict[str, str]:
-    """Column → canonical type (bool, int, float, string, datetime, date) of the Parquet files in `folder`."""
+    """Column → canonical type (bool, int, float, string, datetime, date, null) of the Parquet files in `folder`."""
     import polars as pl
 
     empty = [pl.DataFrame(schema=pl.read_parquet_schema(file)) for file in sorted(folder.glob("*.parquet"))]
@@ -567,7 +578,7 @@ def _canonical(kind: pl.DataType) -> str:
         return "int"
     if kind.is_float() or kind.is_decimal():
         return "float"
-    names = {pl.Boolean: "bool", pl.Date: "date", pl.Datetime: "datetime"}
+    names = {pl.Boolean: "bool", pl.Date: "date", pl.Datetime: "datetime", pl.Null: "null"}
     return names.get(kind.base_type(), "string")
 
 

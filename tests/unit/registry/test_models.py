@@ -167,12 +167,12 @@ def test_artifacts_lie_where_they_were_put(made, client):
 
 
 def test_signature_is_explicit(logged):
-    """The signature names the raw columns, strings included."""
+    """The signature names the raw columns, and leaves their types to the version's own conversion."""
     signature = mlflow.models.Model.load(str(logged)).signature
     assert [(column.name, str(column.type)) for column in signature.inputs][:3] == [
-        ("carrier", "DataType.string"),
+        ("carrier", "Any"),
         ("distance", "Any"),
-        ("temperature", "DataType.double"),
+        ("temperature", "Any"),
     ]
 
 
