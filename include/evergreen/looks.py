@@ -498,7 +498,7 @@ def reference_of(
     known = {part.identity: found for part, found in zip(parts, _cut(predicted, parts), strict=True)}
     reference = profile_of(run, store, whole, manifest, known, classes)
     usual = [
-        compare(reference, profile_of(run, store, window, manifest, known, classes), rules, data)
+        compare(reference, profile_of(run, store, window, manifest, known, classes), rules, data, classes=classes)
         for window in windows_back(whole.end, rules, data, whole.start)
     ]
     about = Reference(

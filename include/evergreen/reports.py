@@ -16,7 +16,7 @@ from evergreen.evaluation.report import Data, Look, Report
 from evergreen.history import last_look, value_of
 from evergreen.registry import approval
 from evergreen.registry.models import Registry
-from evergreen.run import Evaluated, Ref, Verdict, count
+from evergreen.run import Class, Evaluated, Ref, Verdict, count
 from evergreen.settings import Settings
 from evergreen.work import manifest_of
 
@@ -131,4 +131,11 @@ def _gist(lineage: dict[str, Any]) -> dict[str, str]:
         + (f", lock {lineage['environment']['lock_hash'][:12]}" if lineage["environment"]["lock_hash"] else ""),
         "hardware": f"{hardware['device']}, {hardware['name']}",
         "training": f"seed {training['seed']}{', ' if params else ''}{params}, {training['duration_s']:.0f} s",
+        **({"classes": _classes(training["classes"])} if training.get("classes") else {}),
     }
+
+
+def _classes(names: list[Class]) -> str:
+    """How many classes, and the first of them."""
+    shown = ", ".join(repr(name)[:40] for name in names[:10])
+    return f"{len(names)}: {shown}{', …' if len(names) > 10 else ''}"

@@ -128,6 +128,8 @@ def _kept(settings: Settings, watched: Watched) -> str | None:
 
 
 def _show(settings: Settings, rules: DriftRules, watched: Watched, page: str | None) -> None:
+    from evergreen.monitoring.drift import ClassDrift
+
     console = out()
     head = f"{watched.pack}  as of {minute(watched.as_of)}"
     if watched.windows:
@@ -155,6 +157,8 @@ def _show(settings: Settings, rules: DriftRules, watched: Watched, page: str | N
                 f"what version {watched.champion} leans on, until {told['end'][:10]}: moved by {shift['shift']:.2f} of 1 "
                 f"(the pack allows {allowed:g}{chance})"
             )
+        if classes := next((each["classes"] for each in reversed(measured["windows"]) if each.get("classes")), None):
+            console.print(Text(f"classes: {ClassDrift.model_validate(classes)}"))
         table = plain_table(
             "column", "psi", "usual", "missing", "before", *(["importance"] if told else []), "violated"
         )

@@ -261,6 +261,7 @@ class Watcher:
                 self.run.pack.data,
                 usual=self._usual,
                 performance=self._performance(window, scored),
+                classes=classes,
                 importance=(self.champion.reference.importance, self._importance.get(window, ())),
                 importance_note=self._unmeasured.get(window, self.champion.reference.importance_note),
             )
@@ -270,7 +271,7 @@ class Watcher:
     def _performance(self, window: Window, scored: dict[str, np.ndarray]) -> Performance | None:
         """The champion's figure on the window's rows whose labels have arrived; None where it has none.
 
-        Labels that its task or its classes do not know are `strange`.
+        Labels that its task does not know are `strange`; classes that it does not know are errors of the champion.
         """
         import numpy as np
 

@@ -15,6 +15,16 @@ n and m their known rows; the bins are the reference's deciles, or its values (t
     sentinel      share of rows that hold -1 or ±99…9 out there, with nothing near it: a mark for no value
     scale         how many times as wide the window's middle nine tenths are
 
+Of the classes of a multiclass target, where labels have arrived: the share of rows of classes that the champion does not
+know, and the known classes without a row. Both must be past chance, by the conditional test of two Poisson rates
+(Przyborowski, Wilenski, "Homogeneity of results in testing samples from Poisson series", Biometrika 31, 1940): if a class
+comes at the same rate among n and among m rows, and has x rows in both together, then k of them are among the m, with
+k ~ Binomial(x, m / (n + m)). So, with n rows of the reference and m of the window, chance alone has the probability
+
+    (n / (n + m))^x      of no row of a class that has x rows in the reference
+    P(k ≥ u), x = u + s  of u rows of unknown classes; s is the number of classes with one row in the reference, which
+                         is what Good (1953) expects of classes that were not seen
+
 Of the champion, where labels have arrived: by how much what it leans on has moved, ½ Σ |b - a| over the columns' shares
 of importance (`run.Importance`) on the hold-out, a, and on the window, b; the total variation of two profiles: 0 … 1.
 
@@ -45,7 +55,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import model_validator
 
 from evergreen.pack import Data, DriftRules
-from evergreen.run import Estimate, Importance, Value, Window, count
+from evergreen.run import Class, Estimate, Importance, Value, Window, count
 
 if TYPE_CHECKING:
     from evergreen.monitoring.profiles import ColumnProfile, Floats, Profile
@@ -75,6 +85,15 @@ alone speaks, `SCALE_AROUND_ZERO` times."""
 SCALE_AROUND_ZERO = 5.0
 RENAMED = 0.05
 """A category of at least this share that vanishes as another of its size appears has been renamed."""
+CLASS = 0.01
+"""This share of rows of unknown classes counts, and the loss of a known class that had this share. What rarer classes
+cost is for the rule on performance."""
+CLASSES = 5
+"""Most classes that are named: those with the largest share."""
+CLASS_NAME = 40
+"""Most characters of a class that are quoted."""
+NEW_CLASS = "new class"
+"""The measure of unknown classes."""
 PACE = 0.1
 """Rows arriving at less than this of the reference's pace are a source that stopped."""
 PREDICTIONS = "the predictions"
@@ -150,14 +169,49 @@ class ImportanceShift(Value):
     """What moved furthest first."""
 
 
+class ClassShare(Value):
+    """A class and its share of rows."""
+
+    name: Class
+    share: float
+
+    def __str__(self) -> str:
+        return f"{_quoted(self.name)} in {self.share:.1%}"
+
+
+class ClassDrift(Value):
+    """The classes of the window's rows with labels, beside those that the champion knows."""
+
+    rows: int
+    """With labels."""
+    unknown: float
+    """Share of rows of classes that the champion does not know."""
+    new: tuple[ClassShare, ...]
+    """The largest of those classes, at most `CLASSES`."""
+    absent: tuple[Class, ...]
+    """Known classes without a row."""
+
+    def __str__(self) -> str:
+        parts = []
+        if self.unknown:
+            parts.append(
+                f"{self.unknown:.1%} of {count(self.rows, 'row')} are of classes that the champion does not know: "
+                f"{', '.join(map(str, self.new))}"
+            )
+        if self.absent:
+            more = f" and {len(self.absent) - CLASSES} more" if len(self.absent) > CLASSES else ""
+            parts.append(f"no row is of {', '.join(map(_quoted, self.absent[:CLASSES]))}{more}")
+        return "; ".join(parts) or "the champion knows every class, and every class that it knows is there"
+
+
 class Finding(Value):
     """A rule that a window violates."""
 
-    kind: Literal["fault", "feature", "target", "prediction", "performance", "importance"]
+    kind: Literal["fault", "feature", "target", "classes", "prediction", "performance", "importance"]
     column: str | None
     """None where it is about the window as a whole, or the model, its predictions among it."""
     measure: str
-    """`psi`, `new`, `drop`, `shift`; of a fault `missing`, `range`, `sentinel`, `unit`, `renamed`, `type`, `gone`, `rows`, `stale`
+    """`psi`, `new`, `drop`, `shift`; of classes `new class`, or `gone 'shipping'`; of a fault `missing`, `range`, `sentinel`, `unit`, `renamed`, `type`, `gone`, `rows`, `stale`
     or `labels`."""
     value: float
     limit: float
@@ -214,6 +268,8 @@ class Drift(Value):
     newest_row_days: float | None
     """How long before the end of the window its newest row is; None where that is not known."""
     performance: Performance | None = None
+    classes: ClassDrift | None = None
+    """Of a multiclass target, where labels have arrived."""
     importance: ImportanceShift | None = None
     importance_note: str | None = None
     """Why importance is not known here, or not of every column."""
@@ -317,6 +373,7 @@ def compare(
     *,
     usual: Sequence[Drift] = (),
     performance: Performance | None = None,
+    classes: Sequence[Class] | None = None,
     importance: tuple[Sequence[Importance], Sequence[Importance]] = ((), ()),
     importance_note: str | None = None,
 ) -> Drift:
@@ -324,13 +381,14 @@ def compare(
 
     Both hold the pack's columns, the predictions, and the target where its labels have arrived. `usual`: windows of this
     length from the reference's own time, beside the reference. `performance`: the champion's figures, where labels have
-    arrived; `importance`: of its columns, on its hold-out and on the window, and why it is not known.
+    arrived; `classes`: of a multiclass target, those that the champion knows; `importance`: of its columns, on its
+    hold-out and on the window, and why it is not known.
     """
     pairs = [(before, window.columns[name]) for name, before in reference.columns.items() if name in window.columns]
     predictions = None
     tested = len(pairs) + (reference.predictions is not None and window.predictions is not None)
-    # Of each column psi, missing, and new or far; of the window its rows; importance.
-    chance = NOMINAL / (3 * tested + 2)
+    # Of each column psi, missing, and new or far; of the window its rows; importance; unknown classes, and each known one.
+    chance = NOMINAL / (3 * tested + 2 + (1 + len(classes) if classes else 0))
     columns: list[ColumnDrift] = []
     findings = [*_arrival(reference, window, data, chance)]
     for before, now in pairs:
@@ -338,7 +396,8 @@ def compare(
         earlier = [each.by_name[now.name] for each in usual if now.name in each.by_name]
         column = _column(before, now, role, chance, earlier)
         columns.append(column)
-        findings += _violations(before, now, column, rules, chance)
+        names = column.role == "target" and data.task == "multiclass"
+        findings += _violations(before, now, column, rules, chance, names=names)
     if reference.predictions is not None and window.predictions is not None:
         earlier = [each.predictions for each in usual if each.predictions is not None]
         predictions = _column(reference.predictions, window.predictions, "prediction", chance, earlier)
@@ -347,10 +406,14 @@ def compare(
     findings += [_fault(name, "gone", 1, 0, f"{name} is gone: the window has no such column") for name in gone]
     if performance is not None:
         findings += _performance(performance, rules)
+    target = next(((before, now) for before, now in pairs if now.name == data.target), None)
+    known = _class_drift(target[1], classes) if target and classes else None
+    if target and known:
+        findings += _classes(known, *target, usual, chance)
     shift = _shift(*importance, chance)
     if shift is not None:
         findings += _importance(shift, rules)
-    order = ("fault", "performance", "target", "prediction", "importance", "feature")
+    order = ("fault", "performance", "classes", "target", "prediction", "importance", "feature")
     findings.sort(key=lambda each: (order.index(each.kind), -each.value / (each.limit or 1)))
     return Drift(
         start=window.start,
@@ -365,6 +428,7 @@ def compare(
         model_age_days=_days(reference.end, window.end),
         newest_row_days=_silence(window, data),
         performance=performance,
+        classes=known,
         importance=shift,
         importance_note=importance_note,
         violated=tuple(findings),
@@ -378,15 +442,16 @@ def triage(
 
     `season`: the newest window beside the same season before, where the history has it; `fresh`: what newer rows are
     worth, where that is asked and can be said. A move is confirmed where the
-    newest window and M of the newest N show it in the same column; a drop, or that the champion leans on other columns
-    than it did (importance), where those with labels do. Of a window with a fault, only the fault counts. The first line
-    that holds decides:
+    newest window and M of the newest N show it in the same column; a drop, a new or vanished class, or that the champion
+    leans on other columns than it did (importance), where those with labels do. Of a window with a fault, only the fault
+    counts. The first line that holds decides:
 
         data fault   the newest window has a fault: nulls, types, renamed categories, a unit, values far out of range, a
                      source that stopped, labels turned round. A unit or a range that got there by steps is a move
-        shift        performance has dropped, or newer rows are worth more than the pack's rule, whatever else moved
+        shift        performance has dropped, or newer rows are worth more than the pack's rule, whatever else moved; or
+                     the target has classes that the champion does not know, or has lost one of those it knows
         quiet        no move is confirmed, nor that importance moved
-        seasonal     columns moved, and none is other than in the same season before
+        seasonal     columns moved, or a class was lost, and the target and they are as in the same season before
         shift        the target moved and the predictions did not move with it, if what newer rows are worth is not said
         withstood    the windows that moved and have labels show on average no drop past the pack's rule, proven or not;
                      or newer rows are worth too little, or not shown to be worth enough
@@ -407,8 +472,10 @@ def triage(
     leanings = [each for each in judged if each.kind == "importance"]
     moved = [each for each in moves if _seen(recent, each) >= rules.seen]
     dropped = [each for each in drops if _seen(labelled, each) >= rules.seen]
+    named = [each for each in sound if each.classes is not None][-rules.of :]
+    renewed, expected, unsure = _other_classes(named, rules, season)
     leant = [each for each in leanings if _seen(labelled, each) >= rules.seen]
-    names = {each.column or PREDICTIONS for each in moved}
+    names = {each.column or PREDICTIONS for each in (*moved, *expected)}
     predictions_moved = any(each.kind == "prediction" for each in moved)
     told = [
         each.performance
@@ -416,8 +483,11 @@ def triage(
         if each.performance and any(move.rule in each.rules for move in (*moved, *leant))
     ]
     held = told and sum(each.drop.value for each in told) / len(told) <= rules.performance.drop
-    unconfirmed = [(recent, each) for each in moves if _seen(recent, each) < rules.seen]
-    unconfirmed += [(labelled, each) for each in (*drops, *leanings) if _seen(labelled, each) < rules.seen]
+    unconfirmed = [
+        *((named, each) for each in unsure),
+        *((recent, each) for each in moves if _seen(recent, each) < rules.seen),
+        *((labelled, each) for each in (*drops, *leanings) if _seen(labelled, each) < rules.seen),
+    ]
 
     better, worse = _worth(fresh, rules)
 
@@ -426,12 +496,13 @@ def triage(
     kind: Kind
     if faults:
         kind, head = "data fault", [each.sentence for each in faults]
-        moved, leant, unconfirmed = [], [], []
-    elif dropped or better:
-        kind, head = "shift", [*(_in_windows(labelled, each) for each in dropped), *better]
-    elif not moved and not leant:
+        moved, leant, expected, unconfirmed = [], [], [], []
+    elif dropped or better or renewed:
+        kind, head = "shift", [_in_windows(labelled, each) for each in dropped]
+        head += [*(_in_windows(named, each) for each in renewed), *better]
+    elif not moved and not leant and not expected:
         kind, head = "quiet", ["nothing moved further than the pack allows"] if not unconfirmed else []
-    elif moved and season is not None and not any(each.rule in season.rules for each in moved):
+    elif (moved or expected) and season is not None and not any(each.rule in season.rules for each in moved):
         kind, head = "seasonal", [f"{_named(names)} moved, as in the same season before, {_span(season)}"]
     elif any(each.kind == "target" for each in moved) and not predictions_moved and not worse:
         kind, head = "shift", ["the target moved, and the predictions did not move with it"]
@@ -455,6 +526,7 @@ def triage(
     reasons = [
         *head,
         *(_in_windows(recent, each) for each in moved),
+        *(_in_windows(named, each) for each in expected),
         *(_in_windows(labelled, each) for each in leant),
         *(f"{_in_windows(seen, each)}: not confirmed, that takes {rules.violated}" for seen, each in unconfirmed),
         *(
@@ -515,6 +587,30 @@ def _seen(windows: Sequence[Drift], finding: Finding) -> int:
     return sum(finding.rule in each.rules for each in windows)
 
 
+def _other_classes(
+    windows: Sequence[Drift], rules: DriftRules, season: Drift | None
+) -> tuple[list[Finding], list[Finding], list[Finding]]:
+    """New and vanished classes: confirmed; confirmed, and expected of the season; not confirmed.
+
+    `windows`: those with labels, the oldest first. A new class is never expected: the champion is wrong on it all the same.
+    """
+    newest = [each for each in (windows[-1].violated if windows else ()) if each.kind == "classes"]
+    confirmed = [each for each in newest if _seen(windows, each) >= rules.seen]
+    expected = [each for each in confirmed if each.measure != NEW_CLASS and _has_same_target(season)]
+    return (
+        [each for each in confirmed if each not in expected],
+        expected,
+        [each for each in newest if each not in confirmed],
+    )
+
+
+def _has_same_target(season: Drift | None) -> bool:
+    """Whether the target is known to be as it was in the same season before."""
+    if season is None or not any(each.role == "target" and each.psi is not None for each in season.columns):
+        return False
+    return not any(each.kind == "target" for each in season.violated)
+
+
 def _in_windows(windows: Sequence[Drift], finding: Finding) -> str:
     often = f", in {_seen(windows, finding)} of the newest {len(windows)} windows" if len(windows) > 1 else ""
     return finding.sentence + often
@@ -552,6 +648,10 @@ def _evidence(recent: Sequence[Drift], newest: Drift, season: Drift | None, fres
         evidence["freshness"] = fresh.model_dump(mode="json")
     if newest.performance is not None:
         evidence["performance"] = newest.performance.model_dump(mode="json")
+    if newest.classes is not None:
+        classes = newest.classes
+        cut = classes.model_copy(update={"absent": classes.absent[:CLASSES]})
+        evidence["classes"] = cut.model_dump(mode="json")
     if newest.importance is not None:
         shift = newest.importance
         evidence["importance"] = shift.model_copy(update={"columns": shift.columns[:LEANINGS]}).model_dump(mode="json")
@@ -694,10 +794,102 @@ def _new(reference: ColumnProfile, window: ColumnProfile) -> float:
     return max(0.0, unseen - reference.rest - once)
 
 
-def _violations(
-    reference: ColumnProfile, window: ColumnProfile, column: ColumnDrift, rules: DriftRules, chance: float
+def _rows_by_class(column: ColumnProfile) -> dict[Class, int] | None:
+    """Rows by class, of those that the profile keeps; None of so many numbers that some stand for others."""
+    if column.kind == "number":
+        if column.slack:
+            return None
+        numbers = [int(each) if each.is_integer() else each for each in column.values.tolist()]
+        return dict(zip(numbers, column.weights.tolist(), strict=True))
+    names = zip(column.names, column.weights.tolist(), strict=False)
+    return {each == "true" if column.kind == "boolean" else each: rows for each, rows in names}
+
+
+def _class_drift(window: ColumnProfile, classes: Sequence[Class]) -> ClassDrift | None:
+    """The window's classes beside those that the champion knows; None without labels."""
+    from evergreen.monitoring.profiles import kept_name
+
+    rows = _rows_by_class(window)
+    if not rows:
+        return None
+    # In a profile the name of a long class is cut.
+    known = {kept_name(each) if isinstance(each, str) else each: each for each in classes}
+    new = sorted(((each, many) for each, many in rows.items() if each not in known), key=lambda one: -one[1])
+    kept_all = sum(rows.values()) == window.seen
+    return ClassDrift(
+        rows=window.seen,
+        unknown=_short(sum(many for _, many in new) / window.seen),
+        new=tuple(ClassShare(name=each, share=_short(many / window.seen)) for each, many in new[:CLASSES]),
+        absent=tuple(name for each, name in known.items() if each not in rows) if kept_all else (),
+    )
+
+
+def _classes(
+    found: ClassDrift, reference: ColumnProfile, window: ColumnProfile, usual: Sequence[Drift], chance: float
 ) -> Iterator[Finding]:
-    """What one column violates. Late labels of a target are no fault."""
+    """The classes that are new to the champion together, and each that has vanished, past `chance` as the module says.
+
+    A class that had no row in a window of the reference's own time has not vanished; nor has one whose labels may still
+    come.
+    """
+    from scipy.special import bdtrc  # scipy.stats would cost 0.7 s of import
+
+    from evergreen.monitoring.profiles import kept_name
+
+    known = _rows_by_class(reference)
+    if known is None:
+        return
+    n, m, target = reference.seen, window.seen, window.name
+    of_window = m / (n + m)
+    unknown = round(found.unknown * m)
+    unseen = sum(rows == 1 for rows in known.values()) + n - sum(known.values())
+    if found.unknown >= CLASS and bdtrc(unknown - 1, unknown + unseen, of_window) < chance:
+        sentence = f"{target} has classes that the champion does not know in {found.unknown:.1%} of rows: "
+        sentence += ", ".join(map(str, found.new))
+        yield Finding(
+            kind="classes", column=target, measure=NEW_CLASS, value=found.unknown, limit=CLASS, sentence=sentence
+        )
+    if window.missing > MISSING * window.rows:
+        return
+    sometimes = {name for drift in usual if drift.classes is not None for name in drift.classes.absent}
+    gone = []
+    for name in found.absent:
+        kept = kept_name(name) if isinstance(name, str) else name
+        rows = known.get(kept, 0)
+        if name not in sometimes and rows >= CLASS * n and (1 - of_window) ** rows < chance:
+            gone.append((rows, name, kept))
+    for rows, name, kept in sorted(gone, key=lambda one: -one[0])[:CLASSES]:
+        sentence = (
+            f"{target} is {_quoted(name)} in none of {count(m, 'row')}, and was in {rows / n:.1%} of {count(n, 'row')}"
+        )
+        yield Finding(
+            kind="classes",
+            column=target,
+            measure=f"gone {kept!r}",
+            value=_short(rows / n),
+            limit=CLASS,
+            sentence=sentence,
+        )
+
+
+def _quoted(name: Class) -> str:
+    """The class as Python writes it, so that 1 and '1' look different; cut where it is long."""
+    return repr(f"{name[: CLASS_NAME - 1]}…" if isinstance(name, str) and len(name) > CLASS_NAME else name)
+
+
+def _violations(
+    reference: ColumnProfile,
+    window: ColumnProfile,
+    column: ColumnDrift,
+    rules: DriftRules,
+    chance: float,
+    *,
+    names: bool = False,
+) -> Iterator[Finding]:
+    """What one column violates. Late labels of a target are no fault.
+
+    `names`: of classes, which are names even where they are numbers: that there are others is for `_classes` to say.
+    """
     name = column.name
     limit = {"feature": rules.features, "target": rules.target}[column.role].psi
     if "null" not in (reference.kind, window.kind) and reference.kind != window.kind:
@@ -712,6 +904,8 @@ def _violations(
     if moved and column.psi is not None:
         sentence = f"{name} moved: PSI {column.psi:.2f}, the pack allows {limit:g}"
         yield Finding(kind=column.role, column=name, measure="psi", value=column.psi, limit=limit, sentence=sentence)
+    if names:
+        return
     if moved and window.kind == "number" and column.scale and (unit := _unit(reference, window, column.scale)):
         yield _fault(name, "unit", column.scale, SCALE, f"{name} looks like another unit: {unit}")
     else:

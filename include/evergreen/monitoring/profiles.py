@@ -378,18 +378,22 @@ def _keys(bits: Counts) -> Counts:
     return bits ^ ((bits >> 63) & np.int64(2**63 - 1))
 
 
-def _short(names: pl.Series) -> pl.Series:
-    """`names`, with those longer than `NAME_BYTES` cut, and their hash in place of what is cut."""
-    import polars as pl
+def kept_name(name: str) -> str:
+    """The category's name in a profile: one longer than `NAME_BYTES` is cut, its hash in place of what is cut."""
+    whole = name.encode()
+    if len(whole) <= NAME_BYTES:
+        return name
+    return f"{whole[: NAME_BYTES - 19].decode(errors='ignore')}…{blake2b(whole, digest_size=8).hexdigest()}"
 
-    def shorten(name: str) -> str:
-        whole = name.encode()
-        return f"{whole[: NAME_BYTES - 19].decode(errors='ignore')}…{blake2b(whole, digest_size=8).hexdigest()}"
+
+def _short(names: pl.Series) -> pl.Series:
+    """`names` as a profile keeps them."""
+    import polars as pl
 
     long = names.str.len_bytes() > NAME_BYTES
     if not long.any():
         return names
-    return pl.Series(names.name, [shorten(name) if cut else name for name, cut in zip(names, long, strict=True)])
+    return pl.Series(names.name, [kept_name(name) if cut else name for name, cut in zip(names, long, strict=True)])
 
 
 # From profiles.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evergreen.monitoring.drift import ColumnDrift, Drift, Finding, Kind, Triage, triage
+from evergreen.monitoring.drift import CLASS, ColumnDrift, Drift, Finding, Kind, Triage, triage
 from evergreen.pack import DriftRules
 from evergreen.page import head
 from evergreen.run import canonical_json, count
@@ -73,13 +73,14 @@ def page(
             f"<section class=over><h2>Windows</h2>{_timeline(shown, history, found, rules)}{_performances(shown, rules)}",
             "</section>",
             _leanings(shown, rules),
+            _classes(shown),
             _LEGEND,
             f"<section><h2>Violated</h2><div class=cards>{moved}</div></section>" if moved else "",
             f"<section><h2>Not moved</h2><div class=cards>{unmoved}</div></section>" if unmoved else "",
             f"<p class=note>{count(left_out, 'more column')} of the least PSI: the JSON report has them all.</p>"
             if left_out
             else "",
-            f"<footer><p>{escape(_rules(rules))}</p>",
+            f"<footer><p>{escape(_rules(rules, classes=newest.classes is not None))}</p>",
             f"<p>New columns, not compared: {escape(', '.join(newest.added[:CARDS]))}"
             f"{f' and {len(newest.added) - CARDS} more' if len(newest.added) > CARDS else ''}.</p>"
             if newest.added
@@ -89,12 +90,22 @@ def page(
     )
 
 
-def _rules(rules: DriftRules) -> str:
+def _rules(rules: DriftRules, *, classes: bool) -> str:
     return (
         f"A column has moved past a PSI of {rules.features.psi:g} (the target {rules.target.psi:g}, predictions "
         f"{rules.prediction.psi:g}), past chance, and past what was usual; a drop counts past {rules.performance.drop:g}, and a move of what the champion "
         f"leans on past {rules.importance.shift:g} and past chance. "
+        f"{_class_rule(classes)}"
         f"{_freshness(rules)}Each must be seen in {rules.violated} windows, the newest among them. A fault counts at once."
+    )
+
+
+def _class_rule(classes: bool) -> str:
+    if not classes:
+        return ""
+    return (
+        f"Classes that the champion does not know count from {CLASS:.0%} of rows on, and a class that had as many and has "
+        "none, both past chance. "
     )
 
 
@@ -183,6 +194,20 @@ def _leanings(shown: Sequence[Drift], rules: DriftRules) -> str:
         f"<div class=leans>{_pairs(rows, 'shares of importance, as they were and as they are')}</div>"
         f"<p class=note>{_day(window.start)} … {_day(window.end)} beside the hold-out of its making: each column's share of "
         f"what all lose when shuffled; below zero, the champion would do better without.{rest}</p>{note}</section>"
+    )
+
+
+def _classes(shown: Sequence[Drift]) -> str:
+    """The classes of the newest window whose labels have arrived, beside those that the champion knows."""
+    named = [(each, each.classes) for each in shown if each.classes is not None]
+    if not named:
+        return ""
+    window, classes = named[-1]
+    off = any(found.kind == "classes" for found in window.violated)
+    return (
+        f"<section class=over><h2>Classes</h2><p{' class=finding' if off else ''}>{escape(str(classes))}.</p>"
+        f"<p class=note>{_day(window.start)} … {_day(window.end)}. The champion is wrong on every row of a class that it "
+        "does not know.</p></section>"
     )
 
 

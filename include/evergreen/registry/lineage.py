@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import evergreen
-from evergreen.run import Evaluated, Hardware, Run, Snapshot, Trained, Validated, Value, Verdict, Windows
+from evergreen.run import Class, Evaluated, Hardware, Run, Snapshot, Trained, Validated, Value, Verdict, Windows
 from evergreen.settings import Settings
 
 
@@ -60,6 +60,8 @@ class Training(Value):
     params: dict[str, Any]
     seed: int
     duration_s: float
+    classes: tuple[Class, ...] | None = None
+    """Of a multiclass model, in the order of its predictions."""
 
 
 class Figure(Value):
@@ -120,7 +122,7 @@ def lineage(
         code=code,
         environment=environment.model_copy(update={"image": trained.image or environment.image}),
         hardware=trained.hardware,
-        training=Training(params=trained.params, seed=trained.seed, duration_s=trained.duration_s),
+        training=Training(**trained.model_dump(include=set(Training.model_fields))),
         metrics={
             name: Figure(**estimate.model_dump(include=set(Figure.model_fields)))
             for name, estimate in evaluated.challenger.metrics.items()

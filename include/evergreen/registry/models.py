@@ -569,7 +569,7 @@ def _save(target: Path, folder: Path, input_example: pd.DataFrame, *, model_id: 
             signature=_signature(described["inputs"]),
             input_example=input_example,
             pip_requirements=[f"mlflow=={mlflow.__version__}", *described["requirements"]],
-            metadata={"inputs": described["inputs"], "task": described["task"]},
+            metadata={name: described[name] for name in ("inputs", "task", "classes") if name in described},
             mlflow_model=mlflow.models.Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
         )
 
