@@ -12,5 +12,5 @@ def test_each_pack_has_a_way_back(packs):
     dag = found.dags["apple__rollback"]
     assert ([task.task_id for task in dag.tasks], dag.schedule, dag.max_active_runs) == (["rollback"], None, 1)
     params = {name: dag.params.get_param(name) for name in dag.params}
-    assert params["why"].schema == {"type": "string", "minLength": 1, "title": "Why"}
+    assert params["why"].schema == {"type": "string", "minLength": 1, "pattern": r"\S", "title": "Why"}
     assert (params["to"].value, params["to"].schema["type"]) == (None, ["null", "integer"])

@@ -224,6 +224,15 @@ def test_the_run_says_why_and_sees_no_more_than_was_asked(home):
     assert home.evergreen("runs", "good", "--json")[0]["reason"] == run.body["reason"]
 
 
+@pytest.mark.parametrize("conf", [{"as_of": "2015-13-99"}, {"force": "yes"}, {"reason": 5}])
+def test_a_run_that_is_asked_for_wrongly_is_refused_and_not_made(home, conf):
+    """By Airflow itself, over its REST interface, which its form uses as well."""
+    before = home.dag_runs("good")
+    answer = home.airflow.post("/api/v2/dags/good__train/dagRuns", json={"logical_date": None, "conf": conf})
+    assert (answer.status_code, next(iter(conf)) in answer.text) == (400, True)
+    assert home.dag_runs("good") == before
+
+
 def test_copies_of_an_alert_start_nothing_more(home):
     """Three times the same message is one alert; the same complaint twice more is merged or dropped."""
     assert len(home.database.events("copies", kind="alert")) == 3

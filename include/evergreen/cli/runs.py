@@ -20,7 +20,7 @@ from evergreen import database as db
 from evergreen.cli.terminal import AsJson, AsOf, PackName, out, plain_table, show_json
 from evergreen.errors import RegistryError
 from evergreen.history import history_of, runs_of, why_run
-from evergreen.pack import Pack, load
+from evergreen.pack import Pack, load, parse_instant
 from evergreen.settings import Settings
 from evergreen.view import RunView, show_end
 
@@ -37,7 +37,7 @@ def run(
     """Run the chain once, through a real Airflow DAG run, and show how it ended."""
     settings = Settings.from_env()
     loaded = load(settings.packs, pack)
-    conf = {"as_of": as_of, "reason": reason, "force": force}
+    conf = {"as_of": parse_instant(as_of).isoformat() if as_of else None, "reason": reason, "force": force}
     view = RunView(loaded, as_of, reason, plain=as_json or not sys.stdout.isatty(), silent=as_json)
     log_file, finished = _execute(settings, loaded, conf, view)
     database = db.connect(settings.database_url)

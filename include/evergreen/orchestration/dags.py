@@ -21,10 +21,23 @@ START = datetime(2000, 1, 1, tzinfo=UTC)
 """Before any data: a backfill may reach as far back as the source does."""
 
 
+INSTANT: dict[str, Any] = {
+    "type": ["null", "string"],
+    "maxLength": 40,
+    "anyOf": [
+        {"type": "null"},
+        {"maxLength": 0},
+        {"format": "date"},
+        {"format": "date-time"},
+        {"pattern": r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])[T ]([01]\d|2[0-3]):[0-5]\d(:[0-5]\d(\.\d+)?)?$"},
+    ],
+}
+"""JSON schema of a date or a time, without an offset also. Airflow refuses to make a run whose parameter breaks it."""
+
 PARAMS: dict[str, Param] = {
     "as_of": Param(
         None,
-        type=["null", "string"],
+        **INSTANT,
         title="As of",
         description="The run sees no data at or after this instant: 2013-04-01 or 2013-04-01T06:00:00+00:00. "
         "Empty: the logical date, else now, on the pack's clock.",
@@ -43,19 +56,23 @@ BACK: dict[str, Param] = {
     "to": Param(
         None,
         type=["null", "integer"],
+        minimum=1,
         title="To version",
         description="A version that was champion before. Empty: the champion before this one.",
     ),
-    "why": Param(type="string", minLength=1, title="Why", description="It stays in the ledger and on the version."),
+    "why": Param(
+        type="string", minLength=1, pattern=r"\S", title="Why", description="It stays in the ledger and on the version."
+    ),
 }
 """What a person says when asking for a rollback."""
 
 
 ASKED: dict[str, Param] = {
-    "run": Param(type="string", title="Run", description="The training run whose version waits."),
+    "run": Param(type="string", minLength=1, title="Run", description="The training run whose version waits."),
     "version": Param(
         None,
         type=["null", "integer"],
+        minimum=1,
         title="Version",
         description="The version that waits. Empty: the last that the run asked about.",
     ),

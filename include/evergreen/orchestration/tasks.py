@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import typing
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
@@ -22,6 +22,9 @@ from evergreen.errors import (
     TrainingError,
     UnreachableError,
     ValidationError,
+    quoted,
+    shortened,
+    visible,
 )
 from evergreen.orchestration.connections import connection
 from evergreen.pack import Pack, load, parse_instant
@@ -34,6 +37,9 @@ REASONS = {"scheduled": "the schedule", "backfill": "a backfill", "asset_trigger
 
 GPU = "gpu"
 """The queue of Celery's workers that have a GPU, and of those that run containers. Other executors know no queues."""
+
+REASON = 1_000
+"""Maximum number of characters of a run's reason; a longer one is shortened."""
 
 NEXT_LOOK = "the next look comes by its own schedule"
 
@@ -184,7 +190,7 @@ def rollback_task(pack: Pack) -> Any:
                 Settings.from_env(),
                 pack.name,
                 to=params["to"],
-                why=params["why"],
+                why=shortened(visible(params["why"]), REASON),
                 by=getattr(dag_run, "triggering_user_name", None) or "somebody in Airflow",
                 run_id=dag_run.run_id,
             )
@@ -231,6 +237,16 @@ def within_airflow(path: str) -> str:
     return f"{urlsplit(conf.get('api', 'base_url', fallback='')).path.rstrip('/')}{path}"
 
 
+def _as_of(value: str | None) -> datetime | None:
+    """The as-of that a run was started with; raises AirflowFailException, as no retry makes a time of it."""
+    try:
+        return parse_instant(value) if value else None
+    except ValueError as error:
+        raise AirflowFailException(
+            f"as_of: {quoted(value)} {error}\n  fix: start another run, with such an as-of or with none"
+        ) from None
+
+
 def current_run(pack_name: str, context: Any, kind: Literal["run", "watch"] = "run") -> Run:
     """The run that an Airflow task belongs to."""
     settings = Settings.from_env()
@@ -244,9 +260,9 @@ def current_run(pack_name: str, context: Any, kind: Literal["run", "watch"] = "r
         settings,
         load(settings.packs, pack_name),
         dag_run.run_id,
-        as_of=parse_instant(params["as_of"]) if params.get("as_of") else None,
+        as_of=_as_of(params.get("as_of")),
         scheduled=scheduled,
-        reason=params.get("reason") or REASONS.get(run_type, "a person asked"),
+        reason=shortened(visible(params.get("reason") or ""), REASON) or REASONS.get(run_type, "a person asked"),
         force=bool(params.get("force")),
         kind=kind,
         connect=connection,
