@@ -168,7 +168,10 @@ Url = Annotated[str, Field(min_length=1), AfterValidator(_without_secrets)]
 
 
 class ParquetSource(Part):
-    """Rows from Parquet files: a path or fsspec URL, with `*` and `**`. A relative path is under the pack's folder."""
+    """Rows from Parquet files: a path or fsspec URL, with `*` and `**`. A relative path is under the pack's folder.
+
+    `?` and `[…]` are patterns, too, unless a local file or folder is called so.
+    """
 
     kind: Literal["parquet"]
     path: Url
