@@ -89,8 +89,11 @@ def train(settings, source=TRAIN, **changes):
 INPUTS = {"x": "float", "carrier": "string", "t": "int"}
 
 
-def score(settings, prediction, sample=None, **changes):
-    """The predictions of a model whose `predict` returns this expression; `sample`: rows, and what is told of them."""
+def score(settings, prediction, sample=None, stated=None, **changes):
+    """The predictions of a model whose `predict` returns this expression; `sample`: rows, and what is told of them.
+
+    `stated`: more of the folder's model.json.
+    """
 
     def fill(folder):
         (folder / "model").mkdir()
@@ -98,6 +101,7 @@ def score(settings, prediction, sample=None, **changes):
         (folder / "model" / "loader.py").write_text(LOADER.replace("PREDICTION", prediction))
         inputs = {name: kind for name, kind in INPUTS.items() if sample is None or name in sample[0].columns}
         described = {"task": "binary", "inputs": inputs, "dtypes": "nullable", "requirements": []}
+        described |= stated or {}
         (folder / "model" / "model.json").write_text(json.dumps(described))
         (folder / "rows").mkdir()
         ROWS[:3].drop("y").write_parquet(folder / "rows" / "0.parquet")
@@ -405,11 +409,39 @@ def test_rows_of_a_wide_table_are_predicted_in_several_frames(settings, tmp_path
     assert all(each.dtypes.equals(whole[0].dtypes) for each in parts)
 
 
+@pytest.mark.parametrize(
+    "labels", [["b", "a", "a", "c"], [2, -1, 2, 999], [True, False, True, True], [1.5, 0.5, 0.5, 2.0]]
+)
+def test_a_multiclass_model_states_its_classes(settings, labels, monkeypatch):
+    """In its folder and its result: the sorted values of the target, each of its type."""
+    monkeypatch.setitem(globals(), "ROWS", ROWS.with_columns(y=pl.Series(labels)))
+    handle, result = train(settings, task="multiclass")
+    stated = json.loads((handle.output / "model" / "model.json").read_text())["classes"]
+    assert stated == list(result.classes) == sorted(set(labels))
+    assert [type(each) for each in stated] == [type(each) for each in result.classes] == [type(labels[0])] * len(stated)
+
+
+def test_other_models_state_no_classes(settings):
+    """A binary model's folder is as it was; stating classes for it is refused."""
+    handle, result = train(settings)
+    assert "classes" not in json.loads((handle.output / "model" / "model.json").read_text())
+    assert result.classes is None
+    stated = TRAIN + "    job.describe(inputs=['x'], requirements=[], classes=[False, True])\n"
+    with pytest.raises(TrainingError, match="only a multiclass model has classes"):
+        train(settings, stated, id="stated")
+
+
 def test_classes_have_a_column_each(settings):
     """Predictions of k classes are k columns."""
     predictions, _ = score(settings, "[[0.5, 0.25, 0.25]] * len(frame)", task="multiclass")
     assert predictions.columns == ["prediction_0", "prediction_1", "prediction_2"]
     assert predictions.row(3) == (0.5, 0.25, 0.25)
+
+
+def test_a_model_has_as_many_columns_as_classes(settings):
+    """Else it is refused, by the number of classes that its own folder states."""
+    with pytest.raises(EvaluationError, match="the model of demo returned 3 columns, and it has 4 classes"):
+        score(settings, "[[0.5, 0.25, 0.25]] * len(frame)", task="multiclass", stated={"classes": list("abcd")})
 
 
 def test_a_model_sees_raw_columns(settings):

@@ -795,7 +795,7 @@ def _new(reference: ColumnProfile, window: ColumnProfile) -> float:
 
 
 def _rows_by_class(column: ColumnProfile) -> dict[Class, int] | None:
-    """Rows by class, of those that the profile keeps; None of so many numbers that some stand for others."""
+    """Rows by class, of those that the profile keeps (see `_kept`); None of so many numbers that some stand for others."""
     if column.kind == "number":
         if column.slack:
             return None
@@ -805,15 +805,19 @@ def _rows_by_class(column: ColumnProfile) -> dict[Class, int] | None:
     return {each == "true" if column.kind == "boolean" else each: rows for each, rows in names}
 
 
-def _class_drift(window: ColumnProfile, classes: Sequence[Class]) -> ClassDrift | None:
-    """The window's classes beside those that the champion knows; None without labels."""
+def _kept(name: Class) -> Class:
+    """The class as a profile keeps it: a long text is cut, and a number is a float."""
     from evergreen.monitoring.profiles import kept_name
 
+    return kept_name(name) if isinstance(name, str) else float(name)
+
+
+def _class_drift(window: ColumnProfile, classes: Sequence[Class]) -> ClassDrift | None:
+    """The window's classes beside those that the champion knows; None without labels."""
     rows = _rows_by_class(window)
     if not rows:
         return None
-    # In a profile the name of a long class is cut.
-    known = {kept_name(each) if isinstance(each, str) else each: each for each in classes}
+    known = {_kept(each): each for each in classes}
     new = sorted(((each, many) for each, many in rows.items() if each not in known), key=lambda one: -one[1])
     kept_all = sum(rows.values()) == window.seen
     return ClassDrift(
@@ -834,8 +838,6 @@ def _classes(
     """
     from scipy.special import bdtrc  # scipy.stats would cost 0.7 s of import
 
-    from evergreen.monitoring.profiles import kept_name
-
     known = _rows_by_class(reference)
     if known is None:
         return
@@ -854,18 +856,17 @@ def _classes(
     sometimes = {name for drift in usual if drift.classes is not None for name in drift.classes.absent}
     gone = []
     for name in found.absent:
-        kept = kept_name(name) if isinstance(name, str) else name
-        rows = known.get(kept, 0)
+        rows = known.get(_kept(name), 0)
         if name not in sometimes and rows >= CLASS * n and (1 - of_window) ** rows < chance:
-            gone.append((rows, name, kept))
-    for rows, name, kept in sorted(gone, key=lambda one: -one[0])[:CLASSES]:
+            gone.append((rows, name))
+    for rows, name in sorted(gone, key=lambda one: -one[0])[:CLASSES]:
         sentence = (
             f"{target} is {_quoted(name)} in none of {count(m, 'row')}, and was in {rows / n:.1%} of {count(n, 'row')}"
         )
         yield Finding(
             kind="classes",
             column=target,
-            measure=f"gone {kept!r}",
+            measure=f"gone {(_kept(name) if isinstance(name, str) else name)!r}",
             value=_short(rows / n),
             limit=CLASS,
             sentence=sentence,

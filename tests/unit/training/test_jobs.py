@@ -4,8 +4,10 @@ import json
 import os
 import time
 from contextlib import suppress
+from datetime import date
 from unittest import mock
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -152,6 +154,31 @@ def test_describe_refuses_a_distribution_that_is_not_there(job):
     """An import's name in place of a distribution's is refused."""
     with pytest.raises(TrainingError, match=r"no distribution 'sklearn'(?s:.)*scikit-learn"):
         job.describe(inputs=["x"], requirements=["sklearn"])
+
+
+def test_describe_keeps_classes_as_json_has_them(job):
+    """Numpy's numbers and truth values become Python's; the order stays, and so does the type."""
+    for given in (["b", "1", "01"], np.array([3, 2**53 + 1, -1]), np.array([True, False]), [0.5, 2.0]):
+        job.describe(inputs=["x"], requirements=[], classes=given)
+        plain = [each.item() if isinstance(each, np.generic) else each for each in given]
+        kept = json.loads(json.dumps(job.classes))
+        assert (kept, list(map(type, kept))) == (plain, list(map(type, plain)))
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        (["a", "b", "a"], "the class 'a' is there twice"),
+        ([1, 2, True], "the class 'True' is there twice"),
+        ([None, 1], "the class 'None' is a NoneType; a class is a bool, a number or a text"),
+        ([0.5, float("nan")], "the class 'nan' is a float"),
+        ([date(2024, 1, 1), date(2024, 1, 2)], "the class '2024-01-01' is a date"),
+    ],
+)
+def test_describe_refuses_classes_that_are_not_kept_apart(job, classes, says):
+    """What JSON has no value for, and what is equal to another."""
+    with pytest.raises(TrainingError, match=says):
+        job.describe(inputs=["x"], requirements=[], classes=classes)
 
 
 def test_features_are_neither_target_nor_time(tmp_path, job):
