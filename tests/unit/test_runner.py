@@ -203,6 +203,16 @@ def test_a_model_folder_describes_itself(settings):
     assert result.metrics.keys() == {"loss"}
 
 
+def test_the_snapshots_types_are_declared(settings):
+    """A column that has no value, or only whole numbers, in the training window has the type of the whole snapshot."""
+    described = "    job.describe(inputs=['x', 'carrier', 't'], requirements=['numpy'])\n"
+    columns = {"x": "float", "carrier": "string", "t": "float", "y": "bool"}
+    handle, result = train(settings, TRAIN + described, columns=columns)
+    described = json.loads((handle.output / "model" / "model.json").read_text())
+    assert described["inputs"] == {"x": "float", "carrier": "string", "t": "float"} == result.inputs
+    assert described["dtypes"] == "nullable"
+
+
 def test_the_same_seed_gives_the_same_bytes(settings):
     """Two jobs that differ in their id only leave equal model folders, random draws included."""
     models = [train(settings, id=name)[0].output / "model" for name in ("one", "two")]
