@@ -75,36 +75,39 @@ def gain(
 
     All three hold rows with labels; `clusters` (n,) is the partition of each row of `judged`, numbered in order of time,
     which are told apart in as many `runs`, or in one each of fewer. It cannot be said where the sides share no column to
-    learn from, have one class or unlike ones, or fewer than `PARTS` rows, or where the metric is undefined on `judged`.
+    learn from, have one class, or unlike ones of a binary target, or fewer than `PARTS` rows, or where the metric is
+    undefined on `judged`. Of several classes, one that a side lacks is an error of its learner, as it is of a model.
     """
     columns, same = _columns(before, now, judged, data), _same(before, now)
     if not columns or not same or not judged.height:
         return None
     tables = [_dealt(rows, same) for rows in (before, now)]
     truths = [each[data.target].to_numpy() for each in (*tables, judged)]
-    classes = None
+    known: list[list[Any] | None] = [None, None]  # of each side: as of two models, each is read by its own classes
     if data.task != "regression":
-        known = [np.unique(truth) for truth in truths]
-        if len(known[0]) < 2 or not np.array_equal(known[0], known[1]) or not np.isin(known[2], known[0]).all():
+        if any(len(np.unique(truth)) < 2 for truth in truths):
             return None
-        if len(known[2]) < 2:
+        known = [np.unique(truth).tolist() for truth in truths[:2]]
+        if data.task == "binary" and (known[0] != known[1] or not np.isin(truths[2], truths[0]).all()):
             return None
-        classes = known[0].tolist()
     asked, *sides_rows = _encoded((judged, *tables), columns)
     sides = []
-    for table, learned, truth in zip(tables, sides_rows, truths, strict=False):
+    for table, learned, truth, classes in zip(tables, sides_rows, truths[:2], known, strict=True):
         masks = [(table[DEALT] % PARTS == each).to_numpy() for each in range(PARTS)]
         if not all(mask.any() for mask in masks):
             return None
         sides.append([_taught(learned[mask], truth[mask], asked, columns, data.task, classes) for mask in masks])
 
-    def by(side: list[Array], without_part: int | None = None) -> Rows:
-        """What the mean of a side's learners predicts, the one of a part left out."""
+    def by(side: list[Array], classes: list[Any] | None, without_part: int | None = None) -> Rows:
+        """The rows as the mean of a side's learners predicts them, the one of a part left out."""
         kept = [predicted for k, predicted in enumerate(side) if k != without_part]
         rows = Rows.of(data.task, truths[2], np.mean(kept, axis=0), clusters, classes)
         return rows.apart(MOST) if independent else rows
 
-    pairs = [[by(side, without_part) for side in sides] for without_part in (None, *range(PARTS))]
+    pairs = [
+        [by(side, classes, without_part) for side, classes in zip(sides, known, strict=True)]
+        for without_part in (None, *range(PARTS))
+    ]
     gains = [metrics.value(new, metric) - metrics.value(old, metric) for old, new in pairs]
     old, new = pairs[0]
     days = without_each(new)

@@ -115,6 +115,23 @@ def test_other_targets(task, metric):
     assert found.low > 0.2
 
 
+def test_rows_that_have_a_new_class_are_worth_a_training():
+    """The learner of the old rows is wrong on all of its rows; the other knows it, and gains about its share."""
+    multiclass = DATA.model_copy(update={"task": "multiclass"})
+
+    def classes(each, *, old):
+        kind = pl.when(pl.col("age") > 1).then(pl.lit("new")).when(pl.col("age") > 0).then(pl.lit("some"))
+        rows = each.with_columns(bought=kind.otherwise(pl.lit("none")))
+        return rows.filter(pl.col("bought") != "new") if old else rows
+
+    judged, day = rows(3, DAYS)
+    judged = classes(judged, old=False)
+    before, now = classes(rows(1, 30)[0], old=True), classes(rows(2, 30)[0], old=False)
+    found = gain(before, now, judged, day, data=multiclass, metric="accuracy")
+    assert found.value == pytest.approx((judged["bought"] == "new").mean(), abs=0.02)
+    assert found.low > 0.1
+
+
 @pytest.mark.parametrize("broken", ["one class", "a class of its own", "no column", "nothing", "few"])
 def test_what_cannot_be_said_is_not(broken):
     """None, where a side has nothing to learn or to judge by."""
