@@ -24,7 +24,13 @@ AIRFLOWS = {
     f"tests/{file}.py" for file in ("e2e/test_admission", "e2e/test_alerts", "e2e/test_approval", "e2e/test_monitor")
 } | {
     f"tests/{file}.py"
-    for file in ("e2e/test_scheduler", "e2e/test_webhook", "faults/test_storm", "dags/test_processor")
+    for file in (
+        "e2e/test_scheduler",
+        "e2e/test_webhook",
+        "faults/test_storm",
+        "faults/test_at_once",
+        "dags/test_processor",
+    )
 }
 """The files whose tests bring up an Airflow of their own."""
 APART = {"tests/faults/test_any_pack.py"}

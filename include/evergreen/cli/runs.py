@@ -20,6 +20,7 @@ from evergreen import database as db
 from evergreen.cli.terminal import AsJson, AsOf, PackName, out, plain_table, show_json
 from evergreen.errors import RegistryError
 from evergreen.history import history_of, runs_of, why_run
+from evergreen.keys import Note
 from evergreen.pack import Pack, load, parse_instant
 from evergreen.settings import Settings
 from evergreen.view import RunView, show_end
@@ -63,8 +64,11 @@ def _execute(settings: Settings, pack: Pack, conf: dict[str, Any], view: RunView
         if database.latest(pack.name, kind="run", run_id=run_id):  # written by its first task
             view.follow(history_of(database, run_id, pack.name))
 
+    def wait_for(other: str) -> None:
+        view.take(Note("", "ingest", "waiting", f"waits for {other}: one run of {pack.name} goes on at a time"))
+
     with view.live():
-        finished = embedded.run_through_scheduler(settings, pack.name, conf, follow)
+        finished = embedded.run_through_scheduler(settings, pack.name, conf, follow, wait_for)
     return settings.home / "airflow" / "logs" / f"dag_id={pack.name}__train" / f"run_id={finished.run_id}", finished
 
 

@@ -34,7 +34,7 @@ from evergreen import database as db
 from evergreen import home
 from evergreen.data.repository import GitError, Repository
 from evergreen.database import Database
-from evergreen.errors import DatabaseError, PackError, SettingsError, StoreError
+from evergreen.errors import DatabaseError, PackError, RegistryError, SettingsError, StoreError, masked
 from evergreen.pack import Pack, find
 from evergreen.registry import ledger
 from evergreen.run import Value, count
@@ -311,9 +311,9 @@ def registry(settings: Settings, database: Database) -> Check:
     findings, number = [], 0
     try:
         known = registered(settings, names)
-    except (sqlite3.Error, OSError, DatabaseError) as error:
+    except (sqlite3.Error, OSError, RegistryError) as error:
         fix = f"check that it is there, that it may be read, and that {PREFIX}MLFLOW_TRACKING_URI is right"
-        finding = Finding(what=f"MLflow's {settings.mlflow_tracking_uri} cannot be read: {error}", fix=fix)
+        finding = Finding(what=f"MLflow's {masked(settings.mlflow_tracking_uri)} cannot be read: {error}", fix=fix)
         return Check(name="registry", summary="MLflow cannot be read", findings=(finding,))
     for pack in names:
         number += len(known[pack])
@@ -402,7 +402,7 @@ def store(settings: Settings, database: Database) -> Check:
         missing = _missing(settings, remote, looked_for)
     except StoreError as error:
         finding = Finding(what=error.what, fix=error.fix)
-        return Check(name="store", summary=settings.data_remote, findings=(finding,))
+        return Check(name="store", summary=masked(settings.data_remote), findings=(finding,))
     here = {md5 for md5 in missing if _object(settings.cache, md5).is_file()}
     findings = []
     for lost, is_here in ((here, True), (missing - here, False)):
@@ -413,7 +413,7 @@ def store(settings: Settings, database: Database) -> Check:
             findings.append(Finding(what=what, fix=_bring_back(settings, remote, owners, is_here=is_here)))
     return Check(
         name="store",
-        summary=f"{count(len(looked_for), 'object')} that the newest events name, in {settings.data_remote}",
+        summary=f"{count(len(looked_for), 'object')} that the newest events name, in {masked(settings.data_remote)}",
         findings=tuple(findings),
         skipped="; ".join(skipped) or None,
     )
@@ -486,7 +486,7 @@ def _object(place: Path, md5: str) -> Path:
 
 def repository(settings: Settings, database: Database) -> Check:
     """Ask the snapshots' repository whether it takes a push; nothing is pushed."""
-    place = settings.data_repository
+    place, shown = settings.data_repository, masked(settings.data_repository)
     path = _path(place)
     if path is not None and not path.exists():
         lost = [pack for pack in database.packs() if database.latest(pack, kind="stage", stage="snapshot")]
@@ -507,7 +507,7 @@ def repository(settings: Settings, database: Database) -> Check:
         Finding(what=f"{folder} cannot be written to by user {os.getuid()}", fix="chown or chmod it")
         for folder in closed
     )
-    return Check(name="snapshots", summary=f"{place} takes pushes", findings=findings)
+    return Check(name="snapshots", summary=f"{shown} takes pushes", findings=findings)
 
 
 def _git_folder(path: Path | None) -> Path | None:

@@ -212,15 +212,27 @@ class _Ahead(logging.Handler):
 
 
 def run_through_scheduler(
-    settings: Settings, pack: str, conf: Mapping[str, Any], while_waiting: Callable[[str], None]
+    settings: Settings,
+    pack: str,
+    conf: Mapping[str, Any],
+    while_waiting: Callable[[str], None],
+    queued_behind: Callable[[str], None] = lambda _run_id: None,
 ) -> Finished:
-    """One DAG run of `<pack>__train` by the scheduler that runs on this home; `while_waiting(run_id)` is called often."""
+    """One DAG run of `<pack>__train` by the scheduler that runs on this home; `while_waiting(run_id)` is called often.
+
+    `queued_behind` is called once, with the run that goes on, where that keeps this one in Airflow's queue.
+    """
     runs = f"/api/v2/dags/{pack}__train/dagRuns"
     with client(services(settings)["airflow"]) as airflow:
         run_id = _ask_for_run(airflow, runs, conf)
+        asked, said = time.monotonic(), False
         while True:
             state = _json(airflow.get(f"{runs}/{quote(run_id, safe='')}"))["state"]
             while_waiting(run_id)
+            if state == "queued" and not said and time.monotonic() - asked > db.PATIENCE_S:
+                for other in _json(airflow.get(runs, params={"state": "running", "limit": 1}))["dag_runs"]:
+                    queued_behind(other["dag_run_id"])
+                    said = True
             if state in ("success", "failed"):
                 return Finished(run_id=run_id, success=state == "success")
             time.sleep(0.3)
