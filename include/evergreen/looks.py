@@ -75,9 +75,11 @@ IMPORTANCE = 1
 def model_of(version: ModelVersion) -> Ref:
     """The version's model folder in the store."""
     if version.model_hash is None:
+        name, number = version.name, version.version
         raise RegistryError(
-            f"{version.name} version {version.version} is champion, and Evergreen did not make it",
-            fix="put the alias champion back on a version that `evergreen runs` lists",
+            f"{name} version {number} is champion, and Evergreen did not make it: nothing tells which rows it has seen",
+            fix=f"put the champion before it back: evergreen rollback {name} --why …; or, where there was none, take the "
+            f"alias off it: mlflow.MlflowClient().delete_registered_model_alias({name!r}, 'champion')",
         )
     return Ref(hash=version.model_hash, size=0)
 

@@ -564,6 +564,11 @@ def _went_wrong(run: Run, ingested: Ingested | None, validated: Validated | None
 def _unwatched(pack: Pack, champion: ModelVersion | None) -> str:
     if champion is None:
         return f"{pack.name} has no champion yet: there is nothing to compare with"
+    if champion.model_hash is None:
+        return (
+            f"version {champion.version} is champion, and Evergreen did not make it, so it has no profile: "
+            f"evergreen rollback {pack.name} --why … puts the champion before it back"
+        )
     return (
         f"version {champion.version} is champion and has no profile, having been registered before there were any: "
         "the next version will have one"

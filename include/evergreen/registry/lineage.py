@@ -6,9 +6,12 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 import evergreen
 from evergreen.run import Class, Evaluated, Hardware, Run, Snapshot, Trained, Validated, Value, Verdict, Windows
@@ -165,6 +168,30 @@ def flat(lineage: Lineage) -> dict[str, str]:
         else:
             found[f"evergreen.{key}"] = value
     return {key: as_tag(value) for key, value in found.items() if value is not None}
+
+
+def unflat(tags: Mapping[str, str]) -> dict[str, Any] | None:
+    """Read a lineage back from the tags that `flat` made; None where they are not whole: removed, or too long for a tag."""
+    values: dict[str, Any] = {"version": None, "verdict": None}
+    optional = {
+        "code": ("revision", "dirty"),
+        "environment": ("lock_hash", "image"),
+        "hardware": ("driver",),
+    }
+    for part, names in optional.items():
+        values[part] = dict.fromkeys(names)
+    for tag, text in tags.items():
+        field, _, part = tag.removeprefix("evergreen.").partition(".")
+        if tag.startswith("evergreen.") and field in Lineage.model_fields:
+            value = json.loads(text) if text[:1] in ("{", "[") and field != "reason" else text
+            if part:
+                values[field] = {**(values.get(field) or {}), part: value}
+            else:
+                values[field] = value
+    try:
+        return Lineage.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return None
 
 
 def as_tag(value: Any) -> str:

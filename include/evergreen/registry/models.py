@@ -26,7 +26,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from evergreen import home
 from evergreen.errors import RegistryError, nearest
-from evergreen.registry.lineage import Lineage, as_tag, flat
+from evergreen.registry.lineage import Lineage, as_tag, flat, unflat
 from evergreen.run import Value, Verdict, sayable
 from evergreen.settings import Settings
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
     from mlflow.models import ModelSignature
+
+log = logging.getLogger("evergreen")
 
 ENTRY = Path(__file__).with_name("entry.py")
 CONVERSION = Path(__file__).parents[1] / "conversion.py"
@@ -49,6 +51,10 @@ REACH_S = 5
 """How long a server or a database may take to accept a connection."""
 LONGEST = {"param": 6000, "tag": 5000}
 """Characters. MLflow cuts longer values without a word; here they are replaced by the name of the artifact that has them."""
+MODEL_HASH = "evergreen.model_hash"
+CHAMPION = "champion"
+DELETED_RUN = re.compile(r"Run with id=?'?(\w+)'? not found")
+"""MLflow's words about a run that somebody deleted for good, with `mlflow gc`."""
 LINEAGE = "lineage.json"
 """The artifact of the MLflow run that holds the whole lineage."""
 
@@ -108,7 +114,7 @@ class Registry:
         version for `key` in the end, and no leftover. Two calls for one `key` at once are for the caller's lease to
         prevent. Raises RegistryError.
         """
-        own = {**tags, "evergreen.model_hash": model_hash, KEY: key}
+        own = {**tags, MODEL_HASH: model_hash, KEY: key}
         whole = flat(lineage) | own
         wanted = {name: value for name, value in whole.items() if name in ON_VERSION or name in own}
         with self._explained(f"cannot register {name}"):
@@ -197,6 +203,31 @@ class Registry:
                 if file.path != LINEAGE:
                     files.delete_artifacts(file.path)
 
+    def restore(
+        self,
+        version: ModelVersion,
+        folder: Path,
+        *,
+        lineage: Lineage,
+        artifacts: Mapping[str, Path],
+        input_example: pd.DataFrame,
+    ) -> None:
+        """Log the files of a version again, whose artifacts somebody removed; its number, tags and figures stay.
+
+        `folder` is its model folder. Its lineage comes from its tags; `lineage` stands in where those were removed, too.
+        """
+        with self._explained(f"cannot restore the files of {version.name} version {version.version}"):
+            client, run = self._client, self._client.get_run(version.run_id)
+            known = unflat({**run.data.tags, **version.tags}) or lineage.model_dump(mode="json")
+            self._log_files(run, artifacts)
+            for output in run.outputs.model_outputs:
+                with _workroom() as room:
+                    ids = {"model_id": output.model_id, "run_id": run.info.run_id}
+                    _save(room / "model", folder, input_example, **ids)
+                    client.log_model_artifacts(output.model_id, str(room / "model"))
+            text = json.dumps(known | {"version": version.version}, indent=2, ensure_ascii=False)
+            client.log_text(run.info.run_id, sayable(text), LINEAGE)
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     def versions(self, name: str) -> list[ModelVersion]:
@@ -212,7 +243,7 @@ class Registry:
                 found += page
                 token = page.token
                 if not token:
-                    return sorted((_value(version, aliases) for version in found), key=lambda one: one.version)
+                    return sorted((self._value(version, aliases) for version in found), key=lambda one: one.version)
 
     def version(self, name: str, ref: str | int) -> ModelVersion:
         """The version that `ref`, a number or an alias, names. Raises RegistryError saying what there is instead."""
@@ -220,25 +251,28 @@ class Registry:
             aliases = self._aliases(name)
             if aliases is None:
                 known = [model.name for model in self._client.search_registered_models(max_results=1000)]
-                raise RegistryError(f"{self.shown}: there is no model {name!r}", fix=nearest(name, known))
+                raise RegistryError(
+                    f"{self.shown}: there is no model {name!r}",
+                    fix=f"{nearest(name, known)}; or, where it was deleted in MLflow, evergreen run {name} makes it again",
+                )
             number = aliases.get(str(ref), str(ref))
             if number.isdecimal():
                 found = _unless_missing(lambda: self._client.get_model_version(name, number))
                 if found is not None:
-                    return _value(found, aliases)
+                    return self._value(found, aliases)
             numbers = [str(version.version) for version in self.versions(name)]
             shown = ", ".join(["…"] * (len(numbers) > 5) + numbers[-5:]) or "none"
-            raise RegistryError(
-                f"{self.shown}: {name} has no version or alias {str(ref)!r}",
-                fix=f"aliases: {', '.join(sorted(aliases)) or 'none'}; versions: {shown}",
-            )
+            fix = f"aliases: {', '.join(sorted(aliases)) or 'none'}; versions: {shown}"
+            if ref == CHAMPION:
+                fix = f"where the alias was taken off by hand: evergreen rollback {name} --why …; {fix}"
+            raise RegistryError(f"{self.shown}: {name} has no version or alias {str(ref)!r}", fix=fix)
 
     def find(self, name: str, key: str) -> ModelVersion | None:
         """The version that was registered for `key`, if it is complete."""
         with self._explained(f"cannot look for a version of {name}"):
             aliases = self._aliases(name)
             found = self._find(name, key) if aliases is not None else None
-        version = _value(found, aliases or {}) if found is not None else None
+        version = self._value(found, aliases or {}) if found is not None else None
         return version if version is not None and version.complete else None
 
     def champion(self, name: str) -> ModelVersion | None:
@@ -247,21 +281,36 @@ class Registry:
             aliases = self._aliases(name) or {}
             if "champion" not in aliases:
                 return None
-            return _value(self._client.get_model_version(name, aliases["champion"]), aliases)
+            return self._value(self._client.get_model_version(name, aliases["champion"]), aliases)
+
+    def has_files(self, version: ModelVersion) -> bool:
+        """Whether a version's lineage and model folder are where MLflow says that they are."""
+        with self._explained(f"cannot look for the files of {version.name} version {version.version}"):
+            return self._missing(version) is None
 
     def folder(self, name: str, version: int, destination: Path) -> Path:
         """Copy the model folder of a version to `destination`, a path that does not exist yet, and return it."""
-        if (gone := self.version(name, version).pruned) is not None:
+        found = self.version(name, version)
+        if found.pruned is not None:
             raise RegistryError(
-                f"{self.shown}: {name} version {version} has no files any more: {gone}",
+                f"{self.shown}: {name} version {version} has no files any more: {found.pruned}",
                 fix="choose another version; a run as of the same time makes the like of it",
+            )
+        if found.model_hash is None:
+            raise RegistryError(
+                f"{self.shown}: {name} version {version} was not registered by Evergreen: it has no model folder",
+                fix=f"choose a version that `evergreen runs {name}` lists; MLflow itself may load this one",
             )
         with (
             self._explained(f"cannot fetch the model folder of {name} version {version}"),
             _workroom(destination.parent) as room,
         ):
             source = self._client.get_model_version_download_uri(name, str(version))
-            self._download(f"{source}/artifacts/model", room).rename(destination)
+            try:
+                self._download(f"{source}/artifacts/model", room).rename(destination)
+            except _mlflow().exceptions.MlflowException:
+                self._require_files(found)
+                raise
         return destination
 
     def artifact(self, name: str, version: int, path: str) -> bytes | None:
@@ -272,6 +321,8 @@ class Registry:
         with self._explained(f"cannot read {path} of {name} version {version}"), _workroom() as room:
             parent = path.rpartition("/")[0] or None
             if path not in {file.path for file in self._client.list_artifacts(found.run_id, parent)}:
+                if found.pruned is None and found.model_hash is not None:
+                    self._require_files(found)
                 return None
             artifacts = self._client.get_run(found.run_id).info.artifact_uri
             return self._download(f"{artifacts}/{path}", room).read_bytes()
@@ -289,11 +340,17 @@ class Registry:
         if found.run_id is None or found.model_hash is None:
             raise RegistryError(
                 f"{self.shown}: {name} version {version} was not registered by Evergreen: it has no lineage",
-                fix="ask about a version that `evergreen runs` lists",
+                fix=f"choose a version that `evergreen runs {name}` lists",
             )
         with self._explained(f"cannot read the lineage of {name} version {version}"), _workroom() as room:
             run = self._client.get_run(found.run_id)
             artifacts = run.info.artifact_uri
+            if LINEAGE not in {file.path for file in self._client.list_artifacts(found.run_id)}:
+                if (known := unflat({**run.data.tags, **found.tags})) is None:
+                    self._require_files(found)
+                else:
+                    log.warning("%s version %d: %s is not there; its tags tell the lineage", name, version, artifacts)
+                    return known | {"version": version}
             lineage: dict[str, Any] = json.loads(self._download(f"{artifacts}/{LINEAGE}", room).read_text("utf-8"))
         # The file says where the snapshots were then; the tag follows a home that is moved.
         lineage["snapshot"]["repository"] = run.data.tags.get(home.REPOSITORY_TAG, lineage["snapshot"]["repository"])
@@ -444,6 +501,38 @@ class Registry:
             _reach_database(self.uri)
         return mlflow.MlflowClient(self.uri, registry_uri=self.uri)
 
+    def _missing(self, version: ModelVersion) -> str | None:
+        """The place where a file of a version should be and is not; None where all that is looked for is there."""
+        client, run = self._client, self._client.get_run(version.run_id)
+        if LINEAGE not in {file.path for file in client.list_artifacts(version.run_id)}:
+            return f"{run.info.artifact_uri}/{LINEAGE}"
+        if run.outputs.model_outputs:
+            model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+            parent = "artifacts/model"
+            if not client.list_logged_model_artifacts(model.model_id, parent):
+                return f"{model.artifact_location}/{parent}"
+        return None
+
+    def _require_files(self, version: ModelVersion) -> None:
+        if (place := self._missing(version)) is not None:
+            name, as_of = version.name, version.tags.get("evergreen.as_of", "…")[:16]
+            raise RegistryError(
+                f"{self.shown}: the files of {name} version {version.version} were removed: {place} is not there",
+                fix=f"evergreen run {name} --as-of {as_of} logs them again, where data, code and packages are the same; or "
+                f"bring them back from a copy; or, where it is champion: evergreen rollback {name} --why …",
+            )
+
+    def _value(self, version: MlflowVersion, aliases: Mapping[str, str]) -> ModelVersion:
+        """A version as a value. Tags that somebody removed from it are those of its MLflow run."""
+        value = _value(version, aliases)
+        if value.model_hash is None and version.run_id:
+            run = _unless_missing(lambda: self._client.get_run(version.run_id))
+            kept = {} if run is None else run.data.tags
+            if (model_hash := kept.get(MODEL_HASH)) is not None:
+                shown = {tag: text for tag, text in kept.items() if tag in ON_VERSION}
+                return value.model_copy(update={"model_hash": model_hash, "tags": shown | value.tags})
+        return value
+
     def _aliases(self, name: str) -> dict[str, str] | None:
         """Alias → version of a registered model, or None where there is no such model."""
         model = _unless_missing(lambda: self._client.get_registered_model(name))
@@ -467,7 +556,13 @@ class Registry:
             said = (lines or [type(error).__name__])[0].strip()[:300]
             if password := urlsplit(self.uri).password:
                 said = said.replace(password, "***")
-            if "out-of-date database schema" in said:
+            if match := DELETED_RUN.search(str(error)):
+                said = f"its MLflow run {match[1]} was deleted"
+                fix = (
+                    "bring MLflow's database back from a copy, or choose another version; for the champion: evergreen "
+                )
+                fix += "rollback MODEL --to VERSION --why …"
+            elif "out-of-date database schema" in said:
                 fix = f"back the database up, then: mlflow db upgrade {self.shown}"
             else:
                 fix = "check that it runs, that there is room on its disk, and that EVERGREEN_MLFLOW_TRACKING_URI is right"
@@ -635,7 +730,7 @@ def _value(version: MlflowVersion, aliases: Mapping[str, str]) -> ModelVersion:
         aliases=tuple(sorted(alias for alias, at in aliases.items() if at == number)),
         run_id=version.run_id or None,
         tags=dict(version.tags),
-        model_hash=version.tags.get("evergreen.model_hash"),
+        model_hash=version.tags.get(MODEL_HASH),
         complete=COMPLETE in version.tags,
         pruned=version.tags.get(PRUNED),
     )

@@ -355,17 +355,20 @@ def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Traine
             return champion
         return registry.find(pack.name, version_key)
 
+    def as_before(version: ModelVersion) -> Registered:
+        return Registered(
+            model=pack.name,
+            version=version.version,
+            mlflow_run=version.run_id,
+            model_hash=trained.model.hash,
+            # A killed attempt of this very run may have registered it.
+            new=version.tags.get("evergreen.run_id") == run.id,
+        )
+
     def act() -> Registered:
         found = known()
-        if found is not None:
-            return Registered(
-                model=pack.name,
-                version=found.version,
-                mlflow_run=found.run_id,
-                model_hash=trained.model.hash,
-                # A killed attempt of this very run may have registered it.
-                new=found.tags.get("evergreen.run_id") == run.id,
-            )
+        if found is not None and registry.has_files(found):
+            return as_before(found)
         made_by = lineage.lineage(
             run=run,
             code=lineage.code(run.settings),
@@ -377,6 +380,14 @@ def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Traine
         )
         with work_folder(run) as folder:
             store.checkout(trained.model, folder / "model")
+            artifacts = {
+                **_artifacts(store, pack, validated, snapshot, evaluated, trained, folder / "artifacts"),
+                **_reference(run, store, snapshot, trained, evaluated, folder),
+            }
+            example = _example(store, snapshot, trained)
+            if found is not None:  # somebody removed its files
+                registry.restore(found, folder / "model", lineage=made_by, artifacts=artifacts, input_example=example)
+                return as_before(found)
             version, mlflow_run = registry.register(
                 pack.name,
                 folder / "model",
@@ -386,11 +397,8 @@ def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Traine
                 model_hash=trained.model.hash,
                 metrics={name: estimate.value for name, estimate in evaluated.challenger.metrics.items()},
                 curve=_curve(store, trained.curve),
-                artifacts={
-                    **_artifacts(store, pack, validated, snapshot, evaluated, trained, folder / "artifacts"),
-                    **_reference(run, store, snapshot, trained, evaluated, folder),
-                },
-                input_example=_example(store, snapshot, trained),
+                artifacts=artifacts,
+                input_example=example,
                 tags={"evergreen.owner": pack.owner},
                 description=pack.description,
             )
@@ -398,7 +406,7 @@ def register(run: Run, validated: Validated, snapshot: Snapshot, trained: Traine
 
     def exists(value: Registered) -> bool:
         version = known()
-        return version is not None and version.version == value.version
+        return version is not None and version.version == value.version and registry.has_files(version)
 
     # The registry is no part of the key, for it may move; the registry of today is asked whether it has the version.
     return perform(

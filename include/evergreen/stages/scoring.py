@@ -50,6 +50,8 @@ def incumbent(run: Run, registry: Registry, model: Ref) -> ModelVersion | None:
     """
     name = run.pack.name
     champion = registry.champion(name)
+    if champion is not None:
+        looks.model_of(champion)  # refuses one that Evergreen did not make: nothing tells which rows it has seen
     if champion is None or champion.model_hash != model.hash:
         return champion
     mine = promotion.moved_by(db.connect(run.settings.database_url), run, champion.version)
