@@ -11,8 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 import evergreen
 from evergreen.run import Class, Evaluated, Hardware, Run, Snapshot, Trained, Validated, Value, Verdict, Windows
 from evergreen.settings import Settings
@@ -180,17 +178,14 @@ def unflat(tags: Mapping[str, str]) -> dict[str, Any] | None:
     }
     for part, names in optional.items():
         values[part] = dict.fromkeys(names)
-    for tag, text in tags.items():
-        field, _, part = tag.removeprefix("evergreen.").partition(".")
-        if tag.startswith("evergreen.") and field in Lineage.model_fields:
-            value = json.loads(text) if text[:1] in ("{", "[") and field != "reason" else text
-            if part:
-                values[field] = {**(values.get(field) or {}), part: value}
-            else:
-                values[field] = value
     try:
+        for tag, text in tags.items():
+            field, _, part = tag.removeprefix("evergreen.").partition(".")
+            if tag.startswith("evergreen.") and field in Lineage.model_fields:
+                value = json.loads(text) if text[:1] in ("{", "[") and field != "reason" else text
+                values[field] = {**(values.get(field) or {}), part: value} if part else value
         return Lineage.model_validate(values).model_dump(mode="json")
-    except ValidationError:
+    except ValueError:
         return None
 
 

@@ -10,6 +10,7 @@ import pytest
 import evergreen
 import evergreen.settings
 from evergreen.registry import lineage
+from evergreen.run import Verdict
 
 KEYS = {
     "snapshot": {"repository", "revision", "tag", "hash", "rows", "bytes", "partitions"},
@@ -17,7 +18,7 @@ KEYS = {
     "code": {"revision", "dirty", "evergreen"},
     "environment": {"python", "lock_hash", "image"},
     "hardware": {"device", "name", "driver"},
-    "training": {"params", "seed", "duration_s"},
+    "training": {"params", "seed", "duration_s", "classes"},
 }
 TOP = {"model", "version", "run_id", "as_of", "data_until", "windows", "reason", "metrics", "verdict"}
 
@@ -81,3 +82,13 @@ def test_tags_are_text_and_leave_out_nothing_but_none(given):
         "true",
         False,
     )
+
+
+def test_a_lineage_is_read_back_from_its_tags(given):
+    """What `flat` makes of a lineage, `unflat` reads; without a tag that it needs, or with a broken one, nothing."""
+    whole = given.made_of("flights", version=3, verdict=Verdict(decision="promote", reasons=("better",)))
+    tags = {**lineage.flat(whole), "mlflow.runName": "x"}
+    assert lineage.unflat(tags) == whole.model_dump(mode="json")
+    assert lineage.unflat({tag: text for tag, text in tags.items() if tag != "evergreen.snapshot.hash"}) is None
+    assert lineage.unflat({**tags, "evergreen.training.params": "in the artifact lineage.json"}) is None
+    assert lineage.unflat({**tags, "evergreen.hardware.name": "[broken"}) is None
