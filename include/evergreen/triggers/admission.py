@@ -765,7 +765,7 @@ class Past:
         wanted = calendar.as_of(alert.as_of or alert.at)
         start = bisect.bisect_right(self._begun, position, key=lambda run: run.position)
         for run in self._begun[start:]:
-            if run.as_of >= wanted and run.id not in self._failed and run.id != without:
+            if run.as_of >= wanted and run.id not in self._failed:
                 return Answer(id=run.id, at=run.at, as_of=run.as_of, begun=True)
         for asked in self._waiting.values():
             as_of = calendar.as_of(asked.as_of or asked.at)
