@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evergreen import keys, stages
+from evergreen.columns import named
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, EvergreenError, PackError, TrainingError, nearest
 from evergreen.evaluation import significance
@@ -182,8 +183,8 @@ def _sample(run: Run, ingested: Ingested) -> dict[str, pl.DataFrame]:
         if data.task == "regression":
             found[name] = rows.gather_every(max(1, rows.height // ROWS)).head(ROWS)
         else:
-            turn = pl.int_range(pl.len()).over(data.target)
-            found[name] = rows.sort(turn, maintain_order=True).head(ROWS).sort(data.event_time)
+            turn = pl.int_range(pl.len()).over(named(data.target))
+            found[name] = rows.sort(turn, maintain_order=True).head(ROWS).sort(named(data.event_time))
     return found
 
 
@@ -209,7 +210,9 @@ def _score(run: Run, rows: pl.DataFrame, model: Ref) -> tuple[Any, jobs.JobResul
     def fill(folder: Path) -> None:
         Store(run.settings).checkout(model, folder / "model")
         (folder / "rows").mkdir()
-        rows.drop(run.pack.data.target).write_parquet(folder / "rows" / "rows.parquet")
+        rows[[name for name in rows.columns if name != run.pack.data.target]].write_parquet(
+            folder / "rows" / "rows.parquet"
+        )
 
     handle = jobs.start(run.settings, spec, fill)
     result = jobs.wait(handle)

@@ -314,7 +314,7 @@ def sample(
 
     target = run.pack.data.target
     files = [store.path(part.object) for part in parts]
-    there = [labelled(columns.read(file, [target])[target]) for file in files]
+    there = [labelled(columns.series(columns.read(file, [target]), target)) for file in files]
     clusters = np.repeat(np.arange(len(there)), [len(each) for each in there])
     places = np.flatnonzero(np.concatenate(there)) if there else np.empty(0, dtype=int)
     if not len(places):

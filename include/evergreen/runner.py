@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from evergreen import columns
 from evergreen.data.partitions import require_unrounded
 from evergreen.errors import EvaluationError, EvergreenError, PackError, SourceError, TrainingError, nearest
 from evergreen.run import Class, Hardware, count
@@ -163,8 +164,8 @@ def _classes(rows: Path, job: Job, spec: JobSpec) -> tuple[Class, ...] | None:
         return None
     if job.classes is not None:
         return job.classes
-    files = [pl.read_parquet(file, columns=[spec.target]) for file in sorted(rows.glob("*.parquet"))]
-    values = pl.concat(files, how="vertical_relaxed")[spec.target].drop_nulls()
+    files = [columns.read(file, [spec.target]) for file in sorted(rows.glob("*.parquet"))]
+    values = columns.series(pl.concat(files, how="vertical_relaxed"), spec.target).drop_nulls()
     return classes_as_json((values.drop_nans() if values.dtype.is_float() else values).unique().sort().to_list())
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
+from evergreen.columns import series, unused
 from evergreen.pack import parse_instant
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Condition:
         if len(text) > MAX_CHARACTERS:
             raise ConditionError(f"it has {len(text)} characters, and {MAX_CHARACTERS} are allowed")
         self._names: dict[str, str] = {}
+        self._word = unused("_column", re.findall(r"\w+(?=_\d)", text))  # none that the condition itself has
         try:
             self._tree = ast.parse(QUOTED.sub(self._placeholder, text.strip()), mode="eval").body
             columns = self._columns(self._tree)
@@ -69,7 +71,7 @@ class Condition:
         """Put a word in place of a name in backticks; leave texts as they are."""
         if found[2] is None:
             return found[0]
-        word = f"_column_{len(self._names)}_"
+        word = f"{self._word}_{len(self._names)}_"
         self._names[word] = found[2]
         return word
 
@@ -192,7 +194,7 @@ def _series(rows: pl.DataFrame, name: str) -> pl.Series:
     """The column, its NaN as nulls. Raises ConditionError where the rows have none of this name."""
     if name not in rows.columns:
         raise ConditionError(f"there is no column {name!r}")
-    column = rows[name]
+    column = series(rows, name)
     return column.fill_nan(None) if column.dtype.is_float() else column
 
 

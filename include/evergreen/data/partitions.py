@@ -28,6 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evergreen.columns import named, read, series
 from evergreen.errors import SourceError, StageError, nearest
 from evergreen.pack import Partition
 from evergreen.run import Manifest, PartitionFile, Window, count, floor, period_name, periods, step
@@ -106,14 +107,14 @@ def write(
         same_columns(columns or frame.columns, frame.columns, where)
         columns = columns or frame.columns
         frame = with_event_time(frame, event_time, where)
-        missing = frame[event_time].is_null()
+        missing = series(frame, event_time).is_null()
         if missing.any() and not nulls:
             first = f"frame {number} at position {missing.arg_max()}"
         rows, nulls = rows + frame.height, nulls + int(missing.sum())
         if nulls:
             continue  # no row is kept, and all are counted
         _refuse_stray_times(frame, event_time, window, where)
-        frame = _canonical(frame.select(event_time, *sorted(set(columns) - {event_time})), where)
+        frame = _canonical(frame[[event_time, *sorted(set(columns) - {event_time})]], where)
         if frame.height:
             spill.add(frame)
     if nulls:
@@ -140,19 +141,19 @@ def write(
 def write_one(frame: pl.DataFrame, *, period: datetime, event_time: str, path: Path) -> File:
     """Write rows of one period, of a partition read before, as a partition of their own: a clean one, say."""
     columns = [event_time, *sorted(set(frame.columns) - {event_time})]
-    frame = _canonical(frame.select(columns), str(path)).sort(columns)
+    frame = _canonical(frame[columns], str(path)).sort(named(*columns))
     file, _, _ = _write_slice(frame, [_Bytes(frame[name]) for name in columns], slice(0, frame.height), period, path)
     return file
 
 
-def load(paths: Iterable[Path]) -> pl.DataFrame:
+def load(paths: Iterable[Path], names: Sequence[str] | None = None) -> pl.DataFrame:
     """The rows of partitions, given in order of time, as one frame; a column takes the widest of its types.
+
+    `names`: the columns to read, event time first; by default all.
 
     Raises SourceError where that would round a whole number.
     """
-    import polars as pl
-
-    frames = [pl.read_parquet(path) for path in paths]
+    frames = [read(path, names) for path in paths]
     require_exact_together(frames, lambda frame: f"the partition of {frame.item(0, 0):%Y-%m-%d %H:%M}")
     return _concat(frames)
 
@@ -265,10 +266,9 @@ def require_exact_together(frames: Sequence[pl.DataFrame], name: Callable[[pl.Da
 
 def inexact(integers: pl.Series) -> int | None:
     """The first of these whole numbers that float64 would round; None where it holds all."""
-    import numpy as np
-
-    positions = _rounded(integers.drop_nulls().to_numpy())
-    return int(integers.drop_nulls()[int(np.flatnonzero(positions)[0])]) if positions.any() else None
+    numbers = integers.alias("numbers").drop_nulls().to_numpy()
+    positions = _rounded(numbers)
+    return int(numbers[positions.argmax()]) if positions.any() else None
 
 
 def _rounded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -327,7 +327,7 @@ def with_event_time(frame: pl.DataFrame, event_time: str, where: str) -> pl.Data
     import polars as pl
 
     kind = frame.schema[event_time]
-    column = pl.col(event_time)
+    column = named(event_time)
     if isinstance(kind, pl.Datetime):
         utc = column.dt.convert_time_zone("UTC") if kind.time_zone else column.dt.replace_time_zone("UTC")
     elif kind == pl.Date:
@@ -335,14 +335,14 @@ def with_event_time(frame: pl.DataFrame, event_time: str, where: str) -> pl.Data
     elif kind == pl.Null:
         utc = column.cast(pl.Datetime("us", "UTC"))
     elif kind in (pl.String, pl.Categorical, pl.Enum):
-        text = frame[event_time].cast(pl.String)
+        text = series(frame, event_time).cast(pl.String)
         times = parse_times(text)
         if len(odd := text.filter(times.is_null() & text.is_not_null())):
             raise no_times(where, event_time, len(odd), odd[0])
-        return frame.with_columns(times)
+        return frame.with_columns(times.alias(event_time))
     else:
-        values = frame[event_time].drop_nulls()
-        raise no_times(where, event_time, len(values), values[0] if len(values) else None, f"holds {kind} and no time")
+        given = series(frame, event_time).drop_nulls()
+        raise no_times(where, event_time, len(given), given[0] if len(given) else None, f"holds {kind} and no time")
     return frame.with_columns(utc.dt.cast_time_unit("us"))
 
 
@@ -407,9 +407,7 @@ def no_times(where: str, event_time: str, rows: int, example: object, what: str 
 
 
 def _refuse_stray_times(frame: pl.DataFrame, event_time: str, window: Window, where: str) -> None:
-    import polars as pl
-
-    column = pl.col(event_time)
+    column = named(event_time)
     stray = frame.filter((column < window.start) | (column >= window.end))
     if stray.height:
         example = stray[event_time][0]
@@ -483,7 +481,7 @@ def _canonical(frame: pl.DataFrame, where: str) -> pl.DataFrame:
 
     columns = []
     for name, kind in frame.schema.items():
-        column = pl.col(name)
+        column = named(name)
         if kind.is_integer():
             columns.append(column.cast(pl.Int64))
         elif kind.is_numeric():
@@ -517,7 +515,8 @@ def _require_exact_decimals(column: pl.Series, where: str) -> None:
     """Raise SourceError for a decimal whose whole part float64 would round; fractions are rounded as all floats are."""
     import polars as pl
 
-    large = column.filter(column.cast(pl.Float64).abs() >= 2**53)
+    numbers = column.alias("numbers")
+    large = numbers.filter(numbers.cast(pl.Float64).abs() >= 2**53)
     for value in large.unique().to_list():
         if int(float(value)) != int(value):
             raise SourceError(
@@ -557,7 +556,7 @@ class _Spill:
             return
         by_period: dict[datetime, list[pl.DataFrame]] = {}
         for table in tables:
-            for rows, period in _runs(table[self.event_time], self.every):
+            for rows, period in _runs(series(table, self.event_time), self.every):
                 by_period.setdefault(period, []).append(table[rows])
         groups: dict[Schema, list[pl.DataFrame]] = {}
         grouped_bytes = 0
@@ -575,7 +574,7 @@ class _Spill:
         by_schema: dict[Schema, list[pl.DataFrame]] = {}
         for frame in self.held:
             by_schema.setdefault(_schema(frame), []).append(frame)
-        return [_concat(frames).sort(self.event_time) for frames in by_schema.values()]
+        return [_concat(frames).sort(named(self.event_time)) for frames in by_schema.values()]
 
 
 Schema = tuple[tuple[str, Any], ...]
@@ -634,9 +633,9 @@ def _write_group(
     group: pl.DataFrame, partition: Partition, event_time: str, folder: Path
 ) -> Iterator[tuple[File, dict[str, str], dict[str, int]]]:
     """Sort a frame of whole periods and write each of its periods."""
-    group = group.sort(group.columns)
+    group = group.sort(named(*group.columns))
     columns = [_Bytes(group[name]) for name in group.columns]
-    for rows, period in _runs(group[event_time], TRUNCATE[partition]):
+    for rows, period in _runs(series(group, event_time), TRUNCATE[partition]):
         yield _write_slice(group, columns, rows, period, folder / f"{period_name(period, partition)}.parquet")
 
 
@@ -654,7 +653,7 @@ def _write_slice(
     for column in columns:
         column.feed(digest, rows)
     identity = digest.hexdigest()
-    part = frame[rows].cast({name: pl.Null for name, kind in types.items() if kind == "null"})
+    part = frame[rows].with_columns(named(name).cast(pl.Null) for name, kind in types.items() if kind == "null")
     part.write_parquet(path, compression="zstd", metadata={IDENTITY_KEY: identity})
     rounded = {column.name: value for column in columns if (value := column.inexact(rows)) is not None}
     return File(period=period, rows=part.height, identity=identity, path=path), types, rounded
@@ -674,6 +673,7 @@ class _Bytes:
         import polars as pl
 
         self.name = column.name
+        column = column.alias("values")
         self.type = _kind(column)
         self.rounded: np.ndarray[Any, Any] | None = None
         self.valid: np.ndarray[Any, Any] = column.is_not_null().to_numpy()

@@ -23,7 +23,7 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 from evergreen import pack
+from evergreen.columns import named
 from evergreen.data import partitions
 from evergreen.errors import SourceError, UnreachableError, masked, nearest
 from evergreen.run import Connect, Connection, Window, no_connections
@@ -50,6 +51,8 @@ BLOCK_BYTES = 8 * 2**20
 BATCH_ROWS = 65_536
 SQL_ROWS = 16_384
 """Rows are fetched from a database in lots of so many, as Python objects."""
+WIDE = 64
+"""Of tables with more columns fewer rows are taken at once, so that they take no more memory."""
 COLUMN_BYTES = {"local": 2**16, "remote": 2**20}
 """How much of each Parquet column is read at once: from afar more, since every read there is a request."""
 HTTP = ("http", "https")
@@ -142,7 +145,7 @@ class Parquet:
                 with _reading(file.name, "write the file again: it is damaged"):
                     groups = self._row_groups(opened, schema.field(event_time), window)
                 # Not a dataset's scan, which holds whole row groups: here a batch costs a few pages of each column.
-                batches = table.iter_batches(batch_size=BATCH_ROWS, row_groups=groups)
+                batches = table.iter_batches(batch_size=_at_once(BATCH_ROWS, schema.names), row_groups=groups)
                 while True:
                     with _reading(file.name, "write the file again: it is damaged"):
                         batch = next(batches, None)
@@ -851,6 +854,11 @@ def _rows(batch: pa.RecordBatch, times: pl.Series, window: Window) -> pa.RecordB
     return batch.filter((times.is_null() | ((times >= window.start) & (times < window.end))).to_arrow())
 
 
+def _at_once(rows: int, columns: Collection[Any]) -> int:
+    """How many rows to take at once of a table with these columns."""
+    return max(1, rows * WIDE // max(WIDE, len(columns)))
+
+
 def _in_window(batch: pa.RecordBatch, window: Window, event_time: str, name: str) -> pl.DataFrame:
     """The batch's rows of the window, and those without a time."""
     import polars as pl
@@ -858,7 +866,7 @@ def _in_window(batch: pa.RecordBatch, window: Window, event_time: str, name: str
     frame = pl.from_arrow(batch)
     assert isinstance(frame, pl.DataFrame)
     frame = partitions.with_event_time(frame, event_time, name)
-    time = pl.col(event_time)
+    time = named(event_time)
     return frame.filter(time.is_null() | ((time >= window.start) & (time < window.end)))
 
 

@@ -31,9 +31,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evergreen.columns import named, series, unused
 from evergreen.data import partitions
 from evergreen.data.conditions import ALLOWED, Condition, ConditionError
 from evergreen.errors import PackError, ValidationError, nearest
@@ -77,6 +79,8 @@ unique, compound unique, increasing, decreasing, z-scores and outliers (they com
 (they look at the column's type, which is one for the whole window)."""
 
 CONDITION_ARGUMENTS = ("row_condition", "condition_parser")
+ABOUT_NAMED = ("expect_column_", "expect_compound_columns_", "expect_multicolumn_", "expect_select_column_")
+"""How types begin that look at no columns but those they name."""
 COLUMN_ARGUMENTS = ("column", "column_A", "column_B", "column_list", "column_set")
 SUMS = frozenset({"expect_column_sum_to_be_between", "expect_multicolumn_sum_to_equal"})
 """Types that add numbers up: 64 bits may overflow."""
@@ -87,7 +91,8 @@ ABOUT_COLUMNS = frozenset({"expect_column_to_exist", "expect_table_columns_to_ma
 INDEX = "evergreen.index"
 """Where an expectation's `meta` keeps its place in the pack: Great Expectations answers in an order of its own."""
 FAILED = "failed_expectations"
-"""The column of a quarantine file that names the expectations a row failed, with `; ` between them."""
+"""The last column of a quarantine file: it names the expectations a row failed, with `; ` between them. Where the data
+have a column of that name, it has underscores after it."""
 EXAMPLES = 5
 ENGINE = 2
 """Changes when the same rows may be judged otherwise: records of an earlier engine are not reused. 2: exact integers."""
@@ -310,6 +315,13 @@ class _Rule:
         return self.type in ROW_LOCAL
 
     @property
+    def looks_at(self) -> tuple[str, ...] | None:
+        """The columns that it looks at; None where it may look at all."""
+        if not self.columns or self.type in ABOUT_COLUMNS or not self.type.startswith(ABOUT_NAMED):
+            return None
+        return (*self.columns, *(self.condition.columns if self.condition else ()))
+
+    @property
     def condition_text(self) -> str:
         """The `row_condition` as the pack has it; empty without one."""
         return str(self.arguments.get("row_condition") or "")
@@ -513,7 +525,10 @@ class _View:
         integers = [column for column, kind in self.types.items() if kind == "int" and column in self.rows]
         if name == "types":
             return self.rows.astype({column: "float64" for column in integers if self.rows[column].hasnans})
-        return self.rows.assign(**_without_int64(self.rows[integers]))
+        frame = self.rows.copy(deep=False)  # not assign(), whose keywords are no place for names of columns
+        for column, values in _without_int64(self.rows[integers]).items():
+            frame[column] = values
+        return frame
 
 
 class _Batch:
@@ -612,7 +627,7 @@ class _Validation:
 
         if not parts:
             return {}, {}
-        batch = _Batch(self._load(parts), self.manifest.columns)
+        batch = _Batch(self._load(parts, rules), self.manifest.columns)
         ran = batch.run(rules, "SUMMARY")
         for rule, result in ran.items():
             if (problem := _exception(result)) is not None:
@@ -652,7 +667,7 @@ class _Validation:
         bad = pl.Series([position in names for position in range(rows.height)])
         name = period_name(part.period, self.manifest.partition)
         aside = self.work / f"{name}.quarantine.parquet"
-        why = pl.Series(FAILED, ["; ".join(names[position]) for position in sorted(names)])
+        why = pl.Series(unused(FAILED, rows.columns), ["; ".join(names[position]) for position in sorted(names)])
         rows.filter(bad).with_columns(why).write_parquet(aside, compression="zstd")
         clean = None
         if len(names) < rows.height:
@@ -674,11 +689,17 @@ class _Validation:
 
     def rows_failing(self, rule: _Rule, parts: Sequence[PartitionFile]) -> pl.DataFrame:
         """The rows of `parts` that fail one expectation, with its name, as quarantine has them."""
+        import numpy as np
         import polars as pl
 
-        rows = self._load(parts)
-        positions = _Batch(rows, self.manifest.columns).failing([rule])[rule]
-        return rows[positions].with_columns(pl.lit(rule.name).alias(FAILED))
+        positions = _Batch(self._load(parts, [rule]), self.manifest.columns).failing([rule])[rule]
+        starts = np.cumsum([0, *(part.rows for part in parts)])
+        chosen = [
+            pl.read_parquet(self.store.path(part.object))[positions[(positions >= start) & (positions < end)] - start]
+            for part, (start, end) in zip(parts, pairwise(starts.tolist()), strict=True)
+        ]
+        rows: pl.DataFrame = pl.concat(chosen, how="vertical_relaxed")
+        return rows.with_columns(pl.lit(rule.name).alias(unused(FAILED, rows.columns)))
 
     def keep_quarantine(self, frames: Sequence[pl.DataFrame]) -> Ref | None:
         """One Parquet object of all these rows; None when there are none."""
@@ -694,7 +715,7 @@ class _Validation:
         """Hold the clean rows of the window to the other expectations; → results, failures."""
         if not rules:
             return {}, []
-        rows = self._load(clean.partitions)
+        rows = self._load(clean.partitions, rules)
         batch = _Batch(rows, clean.columns)
         ran = batch.run(rules, "SUMMARY")
         failed = [rule for rule in rules if not ran[rule]["success"]]
@@ -714,8 +735,6 @@ class _Validation:
 
     def failure(self, rule: _Rule, total: Count, set_aside: int, bad_rows: Iterable[pl.DataFrame]) -> Failure:
         """Why a row-local expectation stops the run: `mostly` is missed, or too many rows would be set aside."""
-        import polars as pl
-
         if rule.mostly < 1:
             share = _percent(total.considered - total.unexpected, total.considered)
             why = f"holds for {share:.4g} % of {count(total.considered, 'row')} in the window{rule.asks}"
@@ -729,7 +748,8 @@ class _Validation:
             )
         examples: tuple[str, ...] = ()
         for rows in bad_rows:
-            failed = rows.filter(pl.col(FAILED).str.split("; ").list.contains(rule.name))
+            reasons = "; " + rows[rows.columns[-1]] + "; "
+            failed = rows.filter(reasons.str.contains(f"; {rule.name}; ", literal=True))
             examples += self._show(rule, failed.head(EXAMPLES - len(examples)))
         return Failure(rule.name, why, examples)
 
@@ -742,11 +762,17 @@ class _Validation:
                 [f"{event_time} {row[event_time]:%Y-%m-%d %H:%M:%S}"]
                 + [f"{name} = {_short(row[name])}" for name in columns]
             )
-            for row in rows.select(event_time, *columns).iter_rows(named=True)
+            for row in rows[[event_time, *columns]].iter_rows(named=True)
         )
 
-    def _load(self, parts: Iterable[PartitionFile]) -> pl.DataFrame:
-        return partitions.load(self.store.path(part.object) for part in parts)
+    def _load(self, parts: Iterable[PartitionFile], rules: Sequence[_Rule]) -> pl.DataFrame:
+        """The rows of partitions, with the columns that `rules` look at: of a wide table, the rest would not fit."""
+        looked_at = [rule.looks_at for rule in rules]
+        names = None
+        if None not in looked_at:
+            wanted = (self.pack.data.event_time, *(name for each in looked_at for name in each or ()))
+            names = [name for name in dict.fromkeys(wanted) if name in self.manifest.columns]
+        return partitions.load((self.store.path(part.object) for part in parts), names)
 
 
 # What it comes to.
@@ -867,12 +893,16 @@ def _to_pandas(rows: pl.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
 
     kinds: dict[str, Any] = {"bool": pl.Boolean, "int": pl.Int64, "float": pl.Float64, "string": pl.String}
     kinds |= {"date": pl.Date, "datetime": pl.Datetime("us", "UTC")}
-    typed = rows.cast({name: kinds[kind] for name, kind in types.items() if kind in kinds and name in rows.columns})
+    typed = rows.with_columns(
+        named(name).cast(kinds[kind]) for name, kind in types.items() if kind in kinds and name in rows.columns
+    )
     frame = typed.to_pandas()
     for name, kind in typed.schema.items():
         if kind == pl.Int64 and typed[name].null_count():  # pandas has made it float64, which is exact up to 2**53
-            missing = typed[name].is_null().to_numpy()
-            frame[name] = pd.arrays.IntegerArray(typed[name].fill_null(0).to_numpy(allow_copy=True), missing.copy())
+            missing = series(typed, name).is_null().to_numpy()
+            frame[name] = pd.arrays.IntegerArray(
+                series(typed, name).fill_null(0).to_numpy(allow_copy=True), missing.copy()
+            )
         if kind == pl.Date:  # as datetime64, pandas would not compare it with a date
             frame[name] = typed[name].to_numpy(allow_copy=True).astype("datetime64[D]").astype(object)
     return frame

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from evergreen.columns import named, series, unused
 from evergreen.evaluation import metrics
 from evergreen.evaluation.metrics import Array, Rows
 from evergreen.evaluation.significance import MOST, jackknife, without_each
@@ -46,8 +47,6 @@ ROUNDS = 60
 WORDS = 250
 """Most values of a column of words that are told apart, the most frequent ones."""
 SEED = 0
-DEALT, PLACE = "evergreen dealt by", "evergreen place"
-"""Names of columns that no table has."""
 
 
 class Gain(NamedTuple):
@@ -81,7 +80,7 @@ def gain(
     columns, same = _columns(before, now, judged, data), _same(before, now)
     if not columns or not same or not judged.height:
         return None
-    tables = [_dealt(rows, same) for rows in (before, now)]
+    tables, numbers = zip(*(_dealt(rows, same) for rows in (before, now)), strict=True)
     truths = [each[data.target].to_numpy() for each in (*tables, judged)]
     known: list[list[Any] | None] = [None, None]  # of each side: as of two models, each is read by its own classes
     if data.task != "regression":
@@ -92,8 +91,8 @@ def gain(
             return None
     asked, *sides_rows = _encoded((judged, *tables), columns)
     sides = []
-    for table, learned, truth, classes in zip(tables, sides_rows, truths[:2], known, strict=True):
-        masks = [(table[DEALT] % PARTS == each).to_numpy() for each in range(PARTS)]
+    for number, learned, truth, classes in zip(numbers, sides_rows, truths[:2], known, strict=True):
+        masks = [(number % PARTS == each).to_numpy() for each in range(PARTS)]
         if not all(mask.any() for mask in masks):
             return None
         sides.append([_taught(learned[mask], truth[mask], asked, columns, data.task, classes) for mask in masks])
@@ -122,7 +121,7 @@ def gain(
     return Gain(whole=found, parts=tuple(float(each) if math.isfinite(each) else None for each in by_run))
 
 
-def _dealt(rows: pl.LazyFrame, same: list[str]) -> pl.DataFrame:
+def _dealt(rows: pl.LazyFrame, same: list[str]) -> tuple[pl.DataFrame, pl.Series]:
     """About `ROWS` of them, or all of fewer, with the number that each is dealt by.
 
     The number follows from what the row holds in the columns that are the `same` on both sides, and from how many such
@@ -132,14 +131,15 @@ def _dealt(rows: pl.LazyFrame, same: list[str]) -> pl.DataFrame:
     import polars as pl
 
     # Of a large table only these numbers and the rows that are taken are ever in memory.
-    held = rows.select(pl.struct(same).hash(SEED).alias("held")).collect(engine="streaming")
+    held = rows.select(pl.struct([named(name) for name in same]).hash(SEED).alias("held")).collect(engine="streaming")
     again = pl.int_range(pl.len()).over("held").alias("again")
-    numbers = held.select(pl.struct("held", again).hash(SEED).alias(DEALT)).to_series()
+    numbers = held.select(pl.struct("held", again).hash(SEED).alias("number")).to_series()
     if held.height <= ROWS:
-        return rows.collect().with_columns(numbers)
+        return rows.collect(), numbers
     taken = (numbers // PARTS % 1_000_000 < round(1_000_000 * ROWS / held.height)).arg_true()
-    chosen = rows.with_row_index(PLACE).filter(pl.col(PLACE).is_in(taken.implode()))
-    return chosen.collect(engine="streaming").drop(PLACE).with_columns(numbers.gather(taken))
+    place = unused("place", rows.collect_schema().names())
+    chosen = rows.with_row_index(place).filter(named(place).is_in(taken.implode())).collect(engine="streaming")
+    return chosen[[name for name in chosen.columns if name != place]], numbers.gather(taken)
 
 
 def _same(before: pl.LazyFrame, now: pl.LazyFrame) -> list[str]:
@@ -185,14 +185,14 @@ def _encoded(tables: tuple[pl.DataFrame, ...], columns: dict[str, bool]) -> list
     ways: list[pl.Expr] = []
     for name, words in columns.items():
         if not words:
-            number = pl.col(name).cast(pl.Float64)
+            number = named(name).cast(pl.Float64)
             ways.append(pl.when(number.is_finite()).then(number))
             continue
-        seen = pl.concat([each[name].cast(pl.String) for each in tables[1:]]).drop_nulls()
-        counted = seen.value_counts().sort(["count", name], descending=[True, False])
-        known = counted[name].head(WORDS).to_list()
+        seen = pl.concat([series(each, name).cast(pl.String) for each in tables[1:]]).drop_nulls()
+        counted = seen.rename("word").value_counts(name="rows").sort(["rows", "word"], descending=[True, False])
+        known = counted["word"].head(WORDS).to_list()
         places = list(map(float, range(len(known))))
-        ways.append(pl.col(name).cast(pl.String).replace_strict(known, places, default=None, return_dtype=pl.Float64))
+        ways.append(named(name).cast(pl.String).replace_strict(known, places, default=None, return_dtype=pl.Float64))
     return [each.select(ways).to_numpy() for each in tables]
 
 

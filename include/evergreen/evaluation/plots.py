@@ -5,12 +5,14 @@ matplotlib by its objects only: no pyplot, no state shared with anybody, no disp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evergreen.errors import visible
 from evergreen.evaluation.metrics import BINS, Array, Rows, calibration_bins, curve, value
 from evergreen.run import Importance
 
@@ -24,6 +26,8 @@ INK = "#1f2937"
 FAINT = "#94a3b8"
 POINTS = 400
 """A curve of 13 000 thresholds is drawn by as many points as its figure can show."""
+LABEL = 32
+"""Most characters of a name beside an axis."""
 LABELLED = 20
 """Most classes whose names and counts still fit into a confusion matrix, and columns into a figure."""
 
@@ -61,7 +65,7 @@ def draw_importance(importance: Sequence[Importance], metric: str, folder: Path)
         if each.loss.low is not None and each.loss.high is not None:
             axes.plot([each.loss.low, each.loss.high], [place, place], color=INK, linewidth=1)
     axes.axvline(0, color=FAINT, linewidth=1)
-    axes.set_yticks(range(len(shown)), [each.column for each in shown], fontsize=9)
+    axes.set_yticks(range(len(shown)), [_label(each.column) for each in shown], fontsize=9, parse_math=False)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     rest = f", {len(shown)} of {len(importance)} columns" if len(importance) > len(shown) else ""
     _words(axes, f"What it leans on{rest}", f"loss of {metric} when the column is shuffled, with its interval", "")
@@ -157,8 +161,9 @@ def _confusion(models: Mapping[str, Rows]) -> Figure:
         _words(axes, f"{name}: accuracy {value(rows, 'accuracy'):.3f}", "predicted class", "true class")
         axes.grid(visible=False)
         if k <= LABELLED:
-            axes.set_xticks(range(k), [str(each) for each in classes], rotation=0 if k <= 12 else 90)
-            axes.set_yticks(range(k), [str(each) for each in classes])
+            labels = [_label(str(each)) for each in classes]
+            axes.set_xticks(range(k), labels, rotation=0 if k <= 12 else 90, parse_math=False)
+            axes.set_yticks(range(k), labels, parse_math=False)
             for row, column in np.argwhere(cells > 0):
                 ink = "white" if shares[row, column] > 0.55 else INK
                 axes.text(column, row, str(cells[row, column]), ha="center", va="center", fontsize=8, color=ink)
@@ -217,6 +222,12 @@ def _panels(many: int, width: float) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
+def _label(name: str) -> str:
+    """A name of the data's as it fits beside an axis, on one line."""
+    line = visible(" ".join(name.split()))
+    return line if len(line) <= LABEL else f"{line[: LABEL - 1]}…"
+
+
 def _words(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize=12, color=INK, loc="left", pad=10)
     axes.set_xlabel(x, fontsize=9.5, color=INK)
@@ -252,5 +263,7 @@ def _thinned(x: Array, y: Array) -> tuple[Array, Array]:
 def _save(figure: Figure, file: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # drawn as boxes
+        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
     return file

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evergreen.columns import named
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, StoreError
 from evergreen.evaluation import freshness
@@ -49,7 +50,7 @@ def rehearse(
         return None
     import polars as pl
 
-    at = pl.col(run.pack.data.event_time)
+    at = named(run.pack.data.event_time)
     before, now = (
         _labelled(_scanned(files).filter(at.is_between(window.start, window.end, closed="left")), target)
         for files, window in ((old, train), (new, windows.train))
@@ -91,15 +92,13 @@ def rehearse(
 def _scanned(files: Sequence[Path]) -> pl.LazyFrame:
     import polars as pl
 
-    return pl.concat([pl.scan_parquet(file) for file in files], how="diagonal_relaxed")
+    return pl.concat([pl.scan_parquet(file, glob=False) for file in files], how="diagonal_relaxed")
 
 
 def _labelled(rows: pl.LazyFrame, target: str) -> pl.LazyFrame:
     """The rows whose label has come; none, where the column has not."""
-    import polars as pl
-
     kind = rows.collect_schema().get(target)
     if kind is None:
         return rows.clear()
-    label = pl.col(target)
+    label = named(target)
     return rows.filter(label.is_not_null() & label.is_not_nan() if kind.is_float() else label.is_not_null())

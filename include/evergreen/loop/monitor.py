@@ -308,7 +308,7 @@ class Watcher:
 
     def _target(self, ref: Ref) -> pl.Series:
         target = self.run.pack.data.target
-        return columns.read(self.store.path(ref), [target])[target]
+        return columns.series(columns.read(self.store.path(ref), [target]), target)
 
 
 @recorded

@@ -141,7 +141,7 @@ def judge(
 def _labels(run: Run, store: Store, part: PartitionFile) -> tuple[np.ndarray, np.ndarray]:
     """(n,) the target of a partition's rows, and whether it is there."""
     target = run.pack.data.target
-    column = columns.read(store.path(part.object), [target])[target]
+    column = columns.series(columns.read(store.path(part.object), [target]), target)
     return column.to_numpy(), looks.labelled(column)
 
 

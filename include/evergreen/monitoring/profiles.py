@@ -319,7 +319,7 @@ def column_profile(series: pl.Series) -> ColumnProfile:
 
     type_ = series.dtype
     column = ColumnProfile(series.name, "null", rows=len(series), missing=series.null_count())
-    present = series.drop_nulls()
+    present = series.alias("values").drop_nulls()  # polars looks a series up by its name, which may be a pattern
     if type_.is_numeric():
         return _of_numbers(replace(column, kind="number"), present.cast(pl.Float64).to_numpy())
     if type_ == pl.Date:

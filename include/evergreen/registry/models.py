@@ -400,7 +400,7 @@ class Registry:
         run_id, now = model.source_run_id, int(time.time() * 1000)
         final = [Metric(name, value, now, 0, model_id=model.model_id, run_id=run_id) for name, value in metrics.items()]
         history = [
-            Metric(f"training/{name}", value, now, int(line["step"]))
+            Metric(f"training/{_named(name)}", value, now, int(line["step"]))
             for line in curve
             for name, value in line.items()
             if name not in ("step", "of") and isinstance(value, int | float) and not isinstance(value, bool)
@@ -710,10 +710,15 @@ def _run_tags(lineage: Lineage, description: str) -> dict[str, str]:
     return tags | ({"mlflow.source.git.commit": revision} if revision else {})
 
 
+def _named(name: str) -> str:
+    """A name of the pack's as MLflow takes it."""
+    return re.sub(r"[^/\w.\- :]", "_", name)
+
+
 def _params(lineage: Lineage) -> dict[str, str]:
     """The training parameters and the seed, under names and in lengths that MLflow takes."""
     params = {**lineage.training.params, "seed": lineage.training.seed}
-    return _fitting({re.sub(r"[^/\w.\- :]", "_", name): as_tag(value) for name, value in params.items()}, "param")
+    return _fitting({_named(name): as_tag(value) for name, value in params.items()}, "param")
 
 
 def _fitting(values: Mapping[str, str], kind: str) -> dict[str, str]:

@@ -657,7 +657,7 @@ def _reference(
 def _curve(store: Store, ref: Ref | None) -> list[dict[str, Any]]:
     """The training curve: a `step` and its metrics in each entry."""
     lines = [json.loads(line) for line in store.read_bytes(ref).splitlines()] if ref else []
-    return [{"step": line["step"], **line["metrics"]} for line in lines]
+    return [{**line["metrics"], "step": line["step"]} for line in lines]
 
 
 def _example(store: Store, snapshot: Snapshot, trained: Trained) -> Any:
@@ -665,7 +665,7 @@ def _example(store: Store, snapshot: Snapshot, trained: Trained) -> Any:
     import polars as pl
 
     first = manifest_of(store, snapshot.manifest).partitions[0]
-    rows = pl.read_parquet(store.path(first.object)).head(5).select(list(trained.inputs))
+    rows = pl.read_parquet(store.path(first.object)).head(5)[list(trained.inputs)]
     return rows.to_arrow().to_pandas(integer_object_nulls=True)  # an integer beside a missing one stays exact
 
 

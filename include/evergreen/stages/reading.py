@@ -169,10 +169,10 @@ def _rounded_from_now_on(
     widened = [name for name, kind in merged.columns.items() if kind == "float" and before.get(name) == "int"]
     rounded: dict[str, partitions.Inexact] = {}
     for part in merged.partitions if widened else ():
-        frame = pl.read_parquet(store.path(part.object), columns=widened)
+        frame = columns.read(store.path(part.object), widened)
         where = f"pack {run.pack.name}: {period_name(part.period, merged.partition)}"
         for name in widened:
-            if frame[name].dtype == pl.Int64 and (value := partitions.inexact(frame[name])) is not None:
+            if frame[name].dtype == pl.Int64 and (value := partitions.inexact(columns.series(frame, name))) is not None:
                 rounded.setdefault(name, partitions.Inexact(where, value))
     return rounded
 
@@ -298,7 +298,10 @@ def require_target(run: Run, store: Store, manifest: Manifest, windows: Windows)
 def _targets(run: Run, store: Store, manifest: Manifest) -> dict[datetime, pl.Series]:
     """The target's values, by period."""
     target = run.pack.data.target
-    return {part.period: columns.read(store.path(part.object), [target])[target] for part in manifest.partitions}
+    return {
+        part.period: columns.series(columns.read(store.path(part.object), [target]), target)
+        for part in manifest.partitions
+    }
 
 
 def _empty(column: pl.Series) -> int:

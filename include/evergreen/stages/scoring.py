@@ -108,7 +108,7 @@ def classes_in(store: Store, snapshot: Snapshot, task: str, target: str) -> Clas
         return None
     parts = manifest_of(store, snapshot.manifest).within(snapshot.windows.train)
     seen = pl.concat([columns.read(store.path(part.object), [target]) for part in parts])
-    return tuple(sorted(seen[target].unique().to_list()))
+    return tuple(sorted(columns.series(seen, target).unique().to_list()))
 
 
 def classes_of(run: Run, store: Store, registry: Registry, champion: ModelVersion) -> Classes:
@@ -225,7 +225,9 @@ class HeldOut:
 
         table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
         clusters = np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows])
-        groups = {by: table[by].cast(pl.String).fill_null("(missing)").to_numpy() for by in rules.columns}
+        groups = {
+            by: columns.series(table, by).cast(pl.String).fill_null("(missing)").to_numpy() for by in rules.columns
+        }
         return cls(rules, task, table[target].to_numpy(), clusters, groups)
 
     @property

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field
 
 from evergreen import errors
+from evergreen.columns import named, series
 from evergreen.errors import EvaluationError, EvergreenError, JobError, SourceError, TrainingError, nearest
 from evergreen.run import Class, Hardware, Value, Window
 from evergreen.settings import Settings
@@ -600,4 +601,7 @@ def _read(folder: Path, event_time: str) -> pl.DataFrame:
     import polars as pl
 
     frames = [pl.read_parquet(file) for file in sorted(folder.glob("*.parquet"))]
-    return pl.concat(frames, how="vertical_relaxed").sort(event_time, maintain_order=True)
+    rows = pl.concat(frames, how="vertical_relaxed")
+    if series(rows, event_time).is_sorted():  # a sorted copy of a wide table may not fit beside it
+        return rows
+    return rows.sort(named(event_time), maintain_order=True)

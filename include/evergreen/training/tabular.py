@@ -36,9 +36,10 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from evergreen.columns import series
 from evergreen.errors import TrainingError, nearest
 from evergreen.training import tabular_loader
-from evergreen.training.tabular_loader import UNSEEN, encode, first_rows, rows_of
+from evergreen.training.tabular_loader import UNSEEN, encode, first_rows, rows_at_once, rows_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -52,7 +53,7 @@ COMPILE_FROM_BATCHES = 2000
 """Compiling takes about half a minute: shorter trainings are over sooner without."""
 
 ROWS_AT_ONCE = 16384
-"""Rows of the validation window that are scored together."""
+"""Most rows of a window that are encoded, or scored, together."""
 
 
 REQUIREMENTS = ("numpy", "pandas", "safetensors")
@@ -153,17 +154,28 @@ class Prepared:
         """Vocabularies, knots and scale are from the training window alone. Raises TrainingError as `train` does."""
         columns = _columns(data, drop)
         target = Target.of(data)
-        features = [_feature(data.train[name], params) for name in columns]
+        features = [_feature(name, series(data.train, name), params) for name in columns]
         rows, held = (
             Rows.of(
-                encode(window.select(columns).to_pandas(), features),
-                target.encode(window[data.target]),
+                _encoded(window, features),
+                target.encode(series(window, data.target)),
                 target.task,
                 device,
             )
             for window in (data.train, data.validation)
         )
         return cls(features=features, target=target, rows=rows, held=held)
+
+
+def _encoded(window: pl.DataFrame, features: Sequence[Mapping[str, Any]]) -> NDArray[np.float32]:
+    """The rows as `tabular_loader.encode` gives them, some at a time: a second frame of a wide window may not fit."""
+    names = [str(feature["name"]) for feature in features]
+    at_once = rows_at_once(len(features), ROWS_AT_ONCE)
+    parts = [
+        encode(window[start : start + at_once][names].to_pandas(), features)
+        for start in range(0, window.height, at_once)
+    ]
+    return np.concatenate(parts) if parts else np.empty((0, len(features)), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -182,12 +194,12 @@ class Target:
         """From the training window. Raises TrainingError for nulls in either window and for a single value."""
         for window, rows in (("training", data.train), ("validation", data.validation)):
             _check_target(rows, window, data)
-        values = data.train[data.target]
+        labels = series(data.train, data.target)
         if data.task == "multiclass":
-            return cls(task="multiclass", classes=values.unique().sort().to_list())
+            return cls(task="multiclass", classes=labels.unique().sort().to_list())
         if data.task == "binary":
             return cls(task="binary", classes=[])
-        numbers = values.to_numpy().astype(np.float64)
+        numbers = labels.to_numpy().astype(np.float64)
         return cls(task="regression", classes=[], mean=float(numbers.mean()), scale=float(numbers.std()))
 
     @property
@@ -313,7 +325,15 @@ def validate(network: Network, held: Rows) -> dict[str, float]:
     network.eval()
     with torch.no_grad():
         outputs = (
-            torch.cat([network(part) for part in torch.split(held.positions, ROWS_AT_ONCE)], dim=1)
+            torch.cat(
+                [
+                    network(part)
+                    for part in torch.split(
+                        held.positions, rows_at_once(network.table.shape[1] * held.positions.shape[1], ROWS_AT_ONCE)
+                    )
+                ],
+                dim=1,
+            )
             .double()
             .cpu()
             .numpy()
@@ -493,43 +513,43 @@ def _columns(data: TrainingData, drop: Sequence[str]) -> list[str]:
     return columns
 
 
-def _feature(values: pl.Series, params: Params) -> dict[str, Any]:
+def _feature(name: str, series: pl.Series, params: Params) -> dict[str, Any]:
     """What `tabular_loader.encode` needs to know of a column, from its training rows."""
     import polars as pl
 
-    if values.dtype in (pl.String, pl.Categorical, pl.Enum):
-        counts = values.cast(pl.String).drop_nulls().value_counts(name="rows")
-        common = counts.filter(pl.col("rows") >= params.min_count).sort(["rows", values.name], descending=[True, False])
-        vocabulary = {value: row for row, value in enumerate(common[values.name].to_list(), start=UNSEEN + 1)}
-        return {"name": values.name, "kind": "category", "vocabulary": vocabulary}
-    numbers = values.cast(pl.Float64).drop_nulls().to_numpy()
+    if series.dtype in (pl.String, pl.Categorical, pl.Enum):
+        counts = series.cast(pl.String).drop_nulls().rename("value").value_counts(name="rows")
+        common = counts.filter(pl.col("rows") >= params.min_count).sort(["rows", "value"], descending=[True, False])
+        vocabulary = {value: row for row, value in enumerate(common["value"].to_list(), start=UNSEEN + 1)}
+        return {"name": name, "kind": "category", "vocabulary": vocabulary}
+    numbers = series.cast(pl.Float64).drop_nulls().to_numpy()
     numbers = numbers[np.isfinite(numbers)]
     knots = np.unique(np.quantile(numbers, np.linspace(0, 1, params.bins + 1))) if len(numbers) else np.zeros(1)
-    return {"name": values.name, "kind": "number", "knots": knots.tolist()}
+    return {"name": name, "kind": "number", "knots": knots.tolist()}
 
 
 def _check_target(rows: pl.DataFrame, window: str, data: TrainingData) -> None:
     """Raises TrainingError where the target is null, not of its task, or, in the training window, always the same."""
-    values = rows[data.target]
-    times = rows[data.event_time]
+    labels = series(rows, data.target)
+    times = series(rows, data.event_time)
     where = f"{data.target!r} in the {window} window ({times.min()!s} … {times.max()!s}, {rows.height} rows)"
     numeric = data.task != "multiclass"
-    if numeric and not (values.dtype.is_numeric() or str(values.dtype) == "Boolean"):
+    if numeric and not (labels.dtype.is_numeric() or str(labels.dtype) == "Boolean"):
         raise TrainingError(
-            f"{where} holds {values.dtype}, and data.task is {data.task}",
+            f"{where} holds {labels.dtype}, and data.task is {data.task}",
             fix="make it a number (0 and 1, or a bool, for binary), or write data.task: multiclass",
         )
-    empty = values.null_count() + (int((~values.is_finite()).sum()) if values.dtype.is_float() else 0)
+    empty = labels.null_count() + (int((~labels.is_finite()).sum()) if labels.dtype.is_float() else 0)
     if empty:
         raise TrainingError(
             f"{where} has {empty} without a value",
             fix="leave such rows out where they are read, or expect_column_values_to_not_be_null of it",
         )
-    if window == "training" and values.n_unique() < 2:
-        only = f"{values.to_list()[0]!r} in all" if rows.height else "nothing"
+    if window == "training" and labels.n_unique() < 2:
+        only = f"{labels.to_list()[0]!r} in all" if rows.height else "nothing"
         raise TrainingError(f"{where} holds {only}: there is nothing to tell apart", fix="make data.train longer")
-    if data.task == "binary" and not set(values.unique().to_list()) <= {0, 1}:
-        found = values.value_counts(sort=True).head(5).rows()
+    if data.task == "binary" and not set(labels.unique().to_list()) <= {0, 1}:
+        found = labels.rename("value").value_counts(sort=True).head(5).rows()
         raise TrainingError(
             f"{where} holds {', '.join(f'{value!r} ({count} times)' for value, count in found)}, and data.task is binary",
             fix="make it 0 and 1, or a bool, or write data.task: multiclass",

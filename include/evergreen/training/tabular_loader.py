@@ -26,7 +26,8 @@ Floats = NDArray[np.float32]
 MISSING = 0
 UNSEEN = 1
 ROWS_AT_ONCE = 8192
-"""Bounds the memory of a prediction, whatever the number of rows."""
+NUMBERS_AT_ONCE = 2**24
+"""Both bound the memory of a prediction, whatever the number of rows and of columns."""
 
 
 def load(folder: str | Path) -> Tabular:
@@ -55,9 +56,9 @@ class Tabular:
         ValueError for a column that is missing, or that holds text where the model was trained on numbers.
         """
         positions = encode(frame, self.features)
+        at_once = rows_at_once(len(self.features) * self.weights["table"].shape[1], ROWS_AT_ONCE)
         parts = [
-            self._predict(positions[start : start + ROWS_AT_ONCE])
-            for start in range(0, max(len(positions), 1), ROWS_AT_ONCE)
+            self._predict(positions[start : start + at_once]) for start in range(0, max(len(positions), 1), at_once)
         ]
         return np.concatenate(parts)
 
@@ -78,6 +79,11 @@ class Tabular:
         if self.task == "binary":
             return np.asarray(sigmoid(outputs[..., 0]).mean(axis=0))
         return np.asarray(outputs[..., 0].mean(axis=0) * self.target["scale"] + self.target["mean"])
+
+
+def rows_at_once(width: int, most: int) -> int:
+    """How many rows of `width` numbers each to take together, at most `most`."""
+    return max(1, min(most, NUMBERS_AT_ONCE // max(width, 1)))
 
 
 def first_rows(features: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:

@@ -180,12 +180,12 @@ def test_a_side_with_few_rows_learns_from_all_of_them():
 def test_many_rows_are_sampled_over_their_whole_time():
     """About so many, from the first to the last; what one side takes the other takes too; equal rows are not all one."""
     many = pl.LazyFrame({"n": range(90_000)})
-    found = freshness._dealt(many, ["n"])["n"]
+    found = freshness._dealt(many, ["n"])[0]["n"]
     assert 29_000 < len(found) < 31_000
     assert (found[0] < 20, found[-1] > 89_980) == (True, True)
-    fewer = freshness._dealt(many.filter(pl.col("n") >= 30_000), ["n"])["n"]
+    fewer = freshness._dealt(many.filter(pl.col("n") >= 30_000), ["n"])[0]["n"]
     assert {n for n in found if n >= 30_000} <= set(fewer)
-    alike = freshness._dealt(pl.LazyFrame({"n": [1] * 60_000 + [2] * 30_000}), ["n"])
+    alike, numbers = freshness._dealt(pl.LazyFrame({"n": [1] * 60_000 + [2] * 30_000}), ["n"])
     assert 29_000 < alike.height < 31_000
-    parts = (alike[freshness.DEALT] % freshness.PARTS).value_counts()["count"]
+    parts = (numbers % freshness.PARTS).value_counts()["count"]
     assert 5_500 < parts.min() <= parts.max() < 6_500
