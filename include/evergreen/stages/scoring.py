@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -288,7 +289,11 @@ def rows_of(file: Path) -> pl.DataFrame:
 
     try:
         if file.suffix == ".csv":
-            return pl.read_csv(file, infer_schema=False, null_values=["", "NA"])
+            rows = pl.read_csv(file, infer_schema=False, null_values=["", "NA"])
+            with file.open(encoding="utf-8-sig", newline="") as opened:
+                header = next((row for row in csv.reader(opened) if row), [])
+            # polars leaves the quotes of a name doubled.
+            return rows.rename(dict(zip(rows.columns, header, strict=False)) if len(set(header)) == rows.width else {})
         return pl.read_parquet(file)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise EvaluationError(
