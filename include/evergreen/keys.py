@@ -207,7 +207,7 @@ def recorded(stage: Callable[Concatenate[Run, P], V]) -> Callable[Concatenate[Ru
 
 
 @contextmanager
-def _alone_here(run: Run, wait_s: float, waits: Callable[[str], None]) -> Iterator[None]:
+def _alone_here(run: Run, wait_s: float, waits: Callable[[str], None] = lambda _holder: None) -> Iterator[None]:
     """Held by one process of this machine at a time for each pack, and free the moment that process dies.
 
     The lease is a run's, so that the retry of a killed attempt need not wait until it ends; this keeps a retry from
