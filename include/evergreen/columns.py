@@ -22,7 +22,7 @@ def read(path: Path, names: Iterable[str] | None = None, *, without: Iterable[st
     import polars as pl
 
     left_out = set(without)
-    wanted = list(pl.read_parquet_schema(path)) if names is None else names
+    wanted = list(pl.scan_parquet(path, glob=False).collect_schema()) if names is None else names
     kept = [name for name in wanted if name not in left_out]
     return pl.scan_parquet(path, glob=False).select(named(*kept) if kept else []).collect()
 

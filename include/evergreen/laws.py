@@ -178,7 +178,8 @@ def _sample(run: Run, ingested: Ingested) -> dict[str, pl.DataFrame]:
         window = getattr(ingested.windows, name)
         store = Store(run.settings)
         rows = pl.concat(
-            [pl.read_parquet(store.path(part.object)) for part in manifest.within(window)], how="vertical_relaxed"
+            [pl.read_parquet(store.path(part.object), glob=False) for part in manifest.within(window)],
+            how="vertical_relaxed",
         )
         if data.task == "regression":
             found[name] = rows.gather_every(max(1, rows.height // ROWS)).head(ROWS)

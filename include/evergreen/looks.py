@@ -203,7 +203,7 @@ def predict_with(settings: Settings, name: str, model: Path, rows: pl.DataFrame,
     handle = jobs.start(settings, spec, fill)
     try:
         jobs.wait(handle)
-        return pl.read_parquet(handle.output / "predictions.parquet")
+        return pl.read_parquet(handle.output / "predictions.parquet", glob=False)
     except EvaluationError as error:
         raise EvaluationError(f"{what}: {error.what}", fix=error.fix) from error
     finally:
@@ -214,7 +214,7 @@ def predictions_in(file: Path) -> np.ndarray:
     """(n,) of one `prediction` column, or (n, k) of `prediction_0` … `prediction_k-1`."""
     import polars as pl
 
-    frame = pl.read_parquet(file)
+    frame = pl.read_parquet(file, glob=False)
     return frame.to_numpy()[:, 0] if frame.width == 1 else frame.to_numpy()
 
 
@@ -322,7 +322,7 @@ def sample(
     places = places[importance.sample(clusters[places])]
     starts = np.cumsum([0, *(len(each) for each in there)])
     rows = pl.concat(
-        [pl.read_parquet(file)[places[clusters[places] == n] - starts[n]] for n, file in enumerate(files)],
+        [pl.read_parquet(file, glob=False)[places[clusters[places] == n] - starts[n]] for n, file in enumerate(files)],
         how="vertical_relaxed",
     )
     permuted = tuple(name for name in inputs if name in rows.columns)
@@ -444,7 +444,7 @@ def _of_partition(run: Run, store: Store, part: PartitionFile) -> Profile:
         return profiles.Profile.from_file(file)
     except (FileNotFoundError, StoreError):
         end = step(part.period, run.pack.data.partition)
-        found = profiles.profile(pl.read_parquet(store.path(part.object)), part.period, end)
+        found = profiles.profile(pl.read_parquet(store.path(part.object), glob=False), part.period, end)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, found.to_bytes())
         return found

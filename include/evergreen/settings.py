@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from evergreen.errors import SettingsError
+
 PREFIX = "EVERGREEN_"
 
 
@@ -50,7 +52,7 @@ class Settings(BaseModel):
         """Settings from `EVERGREEN_<FIELD>` variables, defaults elsewhere.
 
         `EVERGREEN_PROJECT` defaults to the folder above `include/` of this installation, `EVERGREEN_HOME` to
-        `<project>/var`.
+        `<project>/var`. Raises SettingsError for a home whose path SQLite databases cannot lie in.
         """
         env = os.environ if environ is None else environ
 
@@ -59,6 +61,11 @@ class Settings(BaseModel):
 
         project = Path(get("PROJECT", str(Path(__file__).resolve().parents[2]))).absolute()
         home = Path(get("HOME", str(project / "var"))).absolute()
+        if "?" in str(home):  # ends the path in a database URL: another file would be the database
+            raise SettingsError(
+                f"the home {home} has a question mark in its path",
+                fix="set EVERGREEN_HOME to a folder whose path has none",
+            )
         return cls(
             home=home,
             project=project,

@@ -25,6 +25,14 @@ def settings_at(place: Path, **places: str) -> Settings:
     return Settings.from_env({"EVERGREEN_HOME": str(place), **given})
 
 
+def test_a_question_mark_in_the_path_of_a_home(tmp_path: Path) -> None:
+    """It is refused, for a database URL would end there; in the path of the packs it is like any character."""
+    with pytest.raises(SettingsError, match="a question mark") as caught:
+        settings_at(tmp_path / "what?")
+    assert "EVERGREEN_HOME" in caught.value.fix
+    assert settings_at(tmp_path, packs=str(tmp_path / "what?")).packs == tmp_path / "what?"
+
+
 @pytest.fixture
 def original(tmp_path: Path) -> Settings:
     """A home that was opened, with Airflow's settings in it."""

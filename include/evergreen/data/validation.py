@@ -663,7 +663,7 @@ class _Validation:
 
         if not names:
             return Record(rows=part.rows, clean=part)
-        rows = pl.read_parquet(self.store.path(part.object))
+        rows = pl.read_parquet(self.store.path(part.object), glob=False)
         bad = pl.Series([position in names for position in range(rows.height)])
         name = period_name(part.period, self.manifest.partition)
         aside = self.work / f"{name}.quarantine.parquet"
@@ -685,7 +685,7 @@ class _Validation:
         """The rows in quarantine, a frame per partition that has some."""
         import polars as pl
 
-        return [pl.read_parquet(self.store.path(record.quarantine)) for record in kept if record.quarantine]
+        return [pl.read_parquet(self.store.path(record.quarantine), glob=False) for record in kept if record.quarantine]
 
     def rows_failing(self, rule: _Rule, parts: Sequence[PartitionFile]) -> pl.DataFrame:
         """The rows of `parts` that fail one expectation, with its name, as quarantine has them."""
@@ -695,7 +695,9 @@ class _Validation:
         positions = _Batch(self._load(parts, [rule]), self.manifest.columns).failing([rule])[rule]
         starts = np.cumsum([0, *(part.rows for part in parts)])
         chosen = [
-            pl.read_parquet(self.store.path(part.object))[positions[(positions >= start) & (positions < end)] - start]
+            pl.read_parquet(self.store.path(part.object), glob=False)[
+                positions[(positions >= start) & (positions < end)] - start
+            ]
             for part, (start, end) in zip(parts, pairwise(starts.tolist()), strict=True)
         ]
         rows: pl.DataFrame = pl.concat(chosen, how="vertical_relaxed")

@@ -242,7 +242,7 @@ def _golden(store: Store, values: dict[str, dict[str, Any]]) -> tuple[pl.DataFra
     evaluated = values["evaluate"]
     manifest = manifest_of(store, Ref.model_validate(values["snapshot"]["manifest"]))
     first = manifest.within(Window.model_validate(evaluated["holdout"]))[0]
-    rows = pl.read_parquet(store.path(first.object)).head(GOLDEN)
+    rows = pl.read_parquet(store.path(first.object), glob=False).head(GOLDEN)
     predictions = Ref.model_validate(evaluated["challenger"]["predictions"])
     return rows, looks.predictions_in(store.path(predictions))[: rows.height]
 

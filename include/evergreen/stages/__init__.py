@@ -665,7 +665,7 @@ def _example(store: Store, snapshot: Snapshot, trained: Trained) -> Any:
     import polars as pl
 
     first = manifest_of(store, snapshot.manifest).partitions[0]
-    rows = pl.read_parquet(store.path(first.object)).head(5)[list(trained.inputs)]
+    rows = pl.read_parquet(store.path(first.object), glob=False).head(5)[list(trained.inputs)]
     return rows.to_arrow().to_pandas(integer_object_nulls=True)  # an integer beside a missing one stays exact
 
 

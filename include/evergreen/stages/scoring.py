@@ -84,7 +84,7 @@ def holdout_rows(
 
     wanted = list(dict.fromkeys(names))
     for part in parts:
-        there = pl.read_parquet_schema(store.path(part.object))
+        there = pl.scan_parquet(store.path(part.object), glob=False).collect_schema()
         for name in wanted:
             if name not in there:
                 raise EvaluationError(
@@ -289,12 +289,12 @@ def rows_of(file: Path) -> pl.DataFrame:
 
     try:
         if file.suffix == ".csv":
-            rows = pl.read_csv(file, infer_schema=False, null_values=["", "NA"])
+            rows = pl.read_csv(file, infer_schema=False, glob=False, null_values=["", "NA"])
             with file.open(encoding="utf-8-sig", newline="") as opened:
                 header = next((row for row in csv.reader(opened) if row), [])
             # polars leaves the quotes of a name doubled.
             return rows.rename(dict(zip(rows.columns, header, strict=False)) if len(set(header)) == rows.width else {})
-        return pl.read_parquet(file)
+        return pl.read_parquet(file, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise EvaluationError(
             f"{file} cannot be read: {error}", fix="give a Parquet file, or a .csv with a header"

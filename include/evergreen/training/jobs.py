@@ -568,7 +568,10 @@ def column_types(folder: Path) -> dict[str, str]:
     """Column → canonical type (bool, int, float, string, datetime, date, null) of the Parquet files in `folder`."""
     import polars as pl
 
-    empty = [pl.DataFrame(schema=pl.read_parquet_schema(file)) for file in sorted(folder.glob("*.parquet"))]
+    empty = [
+        pl.DataFrame(schema=pl.scan_parquet(file, glob=False).collect_schema())
+        for file in sorted(folder.glob("*.parquet"))
+    ]
     return {name: _canonical(kind) for name, kind in pl.concat(empty, how="vertical_relaxed").schema.items()}
 
 
@@ -600,7 +603,7 @@ def _forget_from(file: Path, step: int) -> None:
 def _read(folder: Path, event_time: str) -> pl.DataFrame:
     import polars as pl
 
-    frames = [pl.read_parquet(file) for file in sorted(folder.glob("*.parquet"))]
+    frames = [pl.read_parquet(file, glob=False) for file in sorted(folder.glob("*.parquet"))]
     rows = pl.concat(frames, how="vertical_relaxed")
     if series(rows, event_time).is_sorted():  # a sorted copy of a wide table may not fit beside it
         return rows

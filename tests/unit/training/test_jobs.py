@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from evergreen.data import partitions
 from evergreen.errors import JobError, SourceError, TrainingError
 from evergreen.pack import parse_instant
 from evergreen.run import Window
@@ -404,3 +405,16 @@ def test_waiting_for_a_folder_without_a_job_says_so(settings, tmp_path):
     """A handle to nothing ends in an error, not in waiting."""
     with pytest.raises(JobError, match="without a result"):
         jobs.wait(Handle(folder=tmp_path / "nothing", spec=spec(), found="alive"))
+
+
+@pytest.mark.parametrize("name", ["a[b]", "what?", "all*", "{a,b}"])
+def test_a_folder_whose_name_is_a_pattern(tmp_path, name):
+    """What a job reads lies in the folder of that very name, not in those that the pattern would match."""
+    folder = tmp_path / name / "train"
+    folder.mkdir(parents=True)
+    rows = pl.DataFrame({"at": [WINDOW.start], "x": [1]})
+    rows.write_parquet(folder / "20240101T00.parquet")
+    data = TrainingData(tmp_path / name, target="x", event_time="at", task="regression")
+    assert data.train.equals(rows)
+    assert jobs.column_types(folder) == {"at": "datetime", "x": "int"}
+    assert partitions.load([folder / "20240101T00.parquet"]).equals(rows)
