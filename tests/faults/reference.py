@@ -69,11 +69,11 @@ def _read(world: World, memory: Memory, source: dict[int, list[Row]], window: ra
     return Memory(window.start, max(days) + 1 if days else window.start, days)
 
 
-def expected(world: World, days: dict[int, list[Row]], end: int, holdout: int) -> Expected:
-    """What a run makes of clean rows whose windows end before the day `end`, by a hold-out of so many days."""
-    held = range(end - holdout, end)
-    validation = range(held.start - world.validation, held.start)
-    train = range(validation.start - world.train, validation.start)
+def expected(world: World, days: dict[int, list[Row]], end: int, lengths: dict[str, int]) -> Expected:
+    """What a run makes of clean rows whose windows end before the day `end` and are so many days long."""
+    held = range(end - lengths["holdout"], end)
+    validation = range(held.start - lengths["validation"], held.start)
+    train = range(validation.start - lengths["train"], validation.start)
     rows = {
         part: [row for day in window for row in days.get(day, [])]
         for part, window in (("train", train), ("validation", validation), ("holdout", held))

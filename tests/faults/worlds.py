@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
+from tests.faults.troubles import TROUBLES
 
 FIRST = datetime(2024, 1, 1, tzinfo=UTC)
 NAME = "net"
-STILL_OPEN = frozenset(os.environ.get("STILL_OPEN", "names folders wandering ids dates code").split())
 
 Row = dict[str, Any]
 Kind = Literal["bool", "int", "id", "float", "string", "code", "datetime", "date", "constant", "empty", "wandering"]
@@ -95,7 +94,6 @@ TIMES = {
 VALUES: dict[Kind, Callable[[int, random.Random], Any]] = {
     "bool": lambda _, chance: chance.random() < 0.4,
     "int": lambda _, chance: chance.randint(-40, 40),
-    "id": lambda _, chance: 2**53 + 1 + 2 * chance.randrange(10**9),
     "float": lambda _, chance: round(chance.gauss(0, 3), 4),
     "string": lambda _, chance: chance.choice(["north", "Süd", "o'east", "west, far"]),
     "code": lambda _, chance: f"{chance.randrange(60):05}",
@@ -118,11 +116,15 @@ class Column:
     """The share of rows without a value."""
     constant: Any = None
 
-    def value(self, day: int, chance: random.Random) -> Any:
-        """A value of some row of `day`."""
+    def value(self, day: int, number: int, chance: random.Random) -> Any:
+        """The value of a row of `day`, its number within the day being 0 to 49."""
         if chance.random() < self.nulls:
             return None
-        return self.constant if self.kind == "constant" else VALUES[self.kind](day, chance)
+        if self.kind == "constant":
+            return self.constant
+        if self.kind == "id":  # each but once, and so close to one another that a float cannot tell them apart
+            return 2**53 + (50 * day + number) * 7919 % 2003
+        return VALUES[self.kind](day, chance)
 
     @property
     def shown(self) -> str:
@@ -172,6 +174,23 @@ class World:
     empty_days: frozenset[int]
     late: dict[int, int] = field(default_factory=dict)
     """Day → the as-of from which on its rows are there."""
+    trouble: str | None = None
+    """What goes wrong at the run `troubled`: a key of `troubles.TROUBLES`."""
+    troubled: int = 0
+    cleared: bool = False
+    """Whether the run that was refused is cleared once it is mended; else a new one begins."""
+    incidents: dict[int, str] = field(default_factory=dict)
+    """Run → what happens to the home before it; the monitor's look is the last."""
+    arrives: int | None = None
+    """The day from which on there is another class."""
+    retires: int | None = None
+    """The day from which on one class is gone."""
+    shifts: int | None = None
+    """The day from which on the signal is another."""
+    alerts: bool = False
+    """Whether somebody else's alert keeps firing meanwhile."""
+    everything_else: bool = False
+    """Whether older days than any run needs have other columns."""
 
     @property
     def params(self) -> dict[str, Any]:
@@ -194,16 +213,22 @@ class World:
         for number in range(self.per_day):
             at = FIRST + timedelta(days=day, seconds=86400 * number // self.per_day)
             row: Row = {self.event_time: at}
-            row |= {column.name: column.value(day, chance) for column in self.columns}
-            rows.append(row | {self.target: self._truth(row[self.signal], chance)})
+            row |= {column.name: column.value(day, number, chance) for column in self.columns}
+            if self.shifts is not None and day >= self.shifts:
+                row[self.signal] = "far, west"
+            rows.append(row | {self.target: self._truth(day, row[self.signal], chance)})
         return rows
 
-    def _truth(self, signal: str | None, chance: random.Random) -> Any:
+    def _truth(self, day: int, signal: str | None, chance: random.Random) -> Any:
         level = 0 if signal is None else len(signal)
         if self.task == "regression":
             return level * 4 + chance.randrange(64) / 64  # sums of such numbers are exact in floating point
-        sure = chance.random() < 0.7
-        return self.classes[level % len(self.classes)] if sure else chance.choice(self.classes)
+        classes = self.classes
+        if self.retires is not None and day >= self.retires:
+            classes = classes[:-1]
+        if self.arrives is not None and day >= self.arrives and chance.random() < 0.4:
+            return NEWCOMER[type(classes[0])]
+        return classes[level % len(classes)] if chance.random() < 0.7 else chance.choice(classes)
 
     def visible(self, as_of: int) -> dict[int, list[Row]]:
         """Day → rows, as the source holds them when a run as of that day begins: also of days that are still to come."""
@@ -216,8 +241,6 @@ def world(seed: int) -> World:
     chance = random.Random(seed)
     task = chance.choice(["binary", "binary", "multiclass", "regression"])
     names = list(chance.choice([PLAIN, PLAIN + INTERNAL, INTERNAL, INTERNAL + HOSTILE, HOSTILE]))
-    if "names" in STILL_OPEN:
-        names = list(PLAIN)
     chance.shuffle(names)
     source = chance.choice(["parquet", "parquet", "csv", "sql", "python"])
     columns = [Column(names.pop(), "string", chance.choice([0, 0.05]))]
@@ -225,11 +248,9 @@ def world(seed: int) -> World:
         kind = chance.choice(KINDS)
         if kind == "code" and source == "csv":
             kind = "string"  # a CSV file says nothing of types: digits are numbers there
-        if kind in STILL_OPEN:
-            kind = "int"
         constant = chance.choice([True, 3, 0.25, "same"]) if kind == "constant" else None
         nulls = chance.choice([0, 0, 0.05, 0.4])
-        columns.append(Column(names.pop(), kind, 0 if kind == "id" and "ids" in STILL_OPEN else nulls, constant))
+        columns.append(Column(names.pop(), kind, nulls, constant))
     first = 16
     as_ofs = [first]
     for _ in range(chance.choice([0, 1, 1, 2])):
@@ -242,18 +263,19 @@ def world(seed: int) -> World:
         late[at - chance.randint(1, 2)] = at + 1
     if validation > 1 and not late and chance.random() < 0.5:
         empty.add(chance.randrange(as_ofs[-1]))
+    classes = chance.choice([classes for classes in CLASSES[task] if source != "csv" or "10" not in classes])
     metric = chance.choice(METRICS[task])
     rules: dict[str, Any] = {"margin": chance.choice([0.02, 0.5, 5.0])}
     if chance.random() < 0.2:
         rules |= {"unclear": "review"}
     if chance.random() < 0.3:
         rules |= chance.choice(LIMITS[task].get(metric, [{}]))
-    return World(
+    made = World(
         seed=seed,
         task=task,
         target=names.pop(),
         event_time=names.pop(),
-        classes=chance.choice([classes for classes in CLASSES[task] if source != "csv" or "10" not in classes]),
+        classes=classes,
         signal=columns[0].name,
         columns=tuple(columns),
         source=source,
@@ -268,19 +290,42 @@ def world(seed: int) -> World:
         every_column=chance.random() < 0.3,
         prior=chance.choice(list(PRIORS)),
         salt=chance.choice(list(SALTS)),
-        folder="place"
-        if "folders" in STILL_OPEN
-        else chance.choice(["place", "place", "a place", "pl[a]ce", "place?", "plätze*"]),
+        folder=chance.choice(["place", "place", "a place", "pl[a]ce", "place?", "plätze*"]),
         as_ofs=tuple(as_ofs),
         looked=as_ofs[-1] + 3 * window,
         window=window,
         empty_days=frozenset(empty),
         late=late,
     )
+    return replace(made, **_story(made, chance))
 
 
+def _story(world: World, chance: random.Random) -> dict[str, Any]:
+    """What befalls a world's pack."""
+    story: dict[str, Any] = {"alerts": chance.random() < 0.2}
+    looked = len(world.as_ofs)
+    fitting = [name for name, trouble in TROUBLES.items() if trouble.fits(world)]
+    if chance.random() < 0.5:
+        name = chance.choice(fitting)
+        troubled = 0 if TROUBLES[name].earliest_only else chance.randrange(looked)
+        story |= {"trouble": name, "troubled": troubled, "cleared": chance.random() < 0.5}
+    if chance.random() < 0.4:
+        story["incidents"] = {chance.randint(1, looked): chance.choice(INCIDENTS)}
+    elif chance.random() < 0.06 and story.get("troubled") != 0:
+        story["incidents"] = {0: "two at once"}
+    changes = ["shifts", *(["arrives", "retires"] if world.task == "multiclass" and len(world.classes) > 2 else [])]
+    if chance.random() < (0.5 if world.task == "multiclass" else 0.15):
+        day = chance.choice([world.as_ofs[0] - 1, *world.as_ofs[1:], world.as_ofs[-1]])
+        story[chance.choice(changes)] = day
+    if world.source in ("parquet", "csv") and chance.random() < 0.2:
+        story["everything_else"] = True
+    return story
+
+
+NEWCOMER = {str: "fraud", int: 5, bool: True}
 PRIORS = {"1e-4": 0.0001, "0.5": 0.5, "5E-1": 0.5}
 SALTS = {"NO": "NO", "on": "on", "y": "y", '"1e5"': "1e5", "12:30": "12:30"}
+INCIDENTS = ("home moved", "all moved", "home copied", "checked out")
 METRICS = {
     "binary": ["roc_auc", "average_precision", "log_loss", "brier", "accuracy"],
     "multiclass": ["accuracy", "macro_f1", "log_loss"],
@@ -398,7 +443,7 @@ def read(window):
     """The files of the lake, each a frame."""
     for file in sorted(Path({lake!r}).iterdir()):
         frame = pl.read_parquet(file)
-        yield frame.filter((pl.col({time!r}) >= window.start) & (pl.col({time!r}) < window.end))
+        yield frame.filter((frame[{time!r}] >= window.start) & (frame[{time!r}] < window.end))
 '''
 
 
@@ -413,6 +458,8 @@ class Pack:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What was changed in `pack.yaml` since, by section."""
     expectations: list[dict[str, Any]] = field(default_factory=list)
+    odd_times: bool = False
+    """Whether every third time is spelt otherwise."""
 
     def write(self) -> None:
         """Write `pack.yaml` and the Python files."""
@@ -437,7 +484,7 @@ class Pack:
                 "validation": f"{world.validation}d",
                 "holdout": f"{world.holdout}d",
                 "max_staleness": "3650d",
-                "quarantine": 0.1,
+                "quarantine": 0.05,
             },
             "expectations": self.expectations,
             "training": {"call": "model:train", "params": "PARAMS", "gpus": 0, "timeout": "2m"},
@@ -450,7 +497,8 @@ class Pack:
                     "prediction": {"psi": 0.6},
                     "performance": {"drop": {"rmse": 2.0, "mae": 2.0, "r2": 0.5}.get(world.metric, 0.3)},
                     "importance": {"shift": 0.7},
-                }
+                },
+                "admission": {"confirm": {"windows": "2 of 99", "each": "1s"}, "cooldown": "0s"},
             },
         }
         for section, changes in self.changes.items():
@@ -483,7 +531,16 @@ class Pack:
             if int(file.stem) not in days:
                 file.unlink()
         for day, rows in days.items():
-            (write_csv if self.world.source == "csv" else self.write_parquet)(self.file(day), rows)
+            if rows and self.world.source == "csv":
+                write_csv(self.file(day), self._spelt(rows))
+            elif rows:
+                self.write_parquet(self.file(day), rows)
+
+    def _spelt(self, rows: list[Row]) -> list[Row]:
+        """The rows, some of their times in another spelling if that is the trouble."""
+        time = self.world.event_time
+        odd = [row | {time: row[time].strftime("%d.%m.%Y %H:%M")} if row[time] else row for row in rows[::3]]
+        return [*odd, *rows[1::3], *rows[2::3]] if self.odd_times else rows
 
     def write_parquet(self, file: Path, rows: list[Row]) -> None:
         self.frame(rows).write_parquet(file)
@@ -514,7 +571,7 @@ class Pack:
         database = sqlite3.connect(file)
         database.execute(f"create table rows ({', '.join(f'{quoted[name]} {kind}' for name, kind in types.items())})")
         marks = ", ".join("?" * len(types))
-        values = [[self._in_database(name, row[name]) for name in types] for row in rows]
+        values = [[self._in_database(name, row[name]) for name in types] for row in self._spelt(rows)]
         database.executemany(f"insert into rows values ({marks})", values)
         database.commit()
         database.close()
