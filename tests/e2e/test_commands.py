@@ -304,7 +304,7 @@ LINEAGE = """
     snapshot.repository snapshot.revision snapshot.tag snapshot.hash snapshot.rows snapshot.bytes snapshot.partitions
     validation.success validation.suite_hash validation.rows_checked validation.rows_quarantined
     code.revision code.dirty code.evergreen environment.python environment.lock_hash environment.image
-    hardware.device hardware.name hardware.driver training.params.steps training.seed training.duration_s
+    hardware.device hardware.name hardware.driver training.params.steps training.seed training.classes training.duration_s
     metrics.*.value metrics.*.low metrics.*.high verdict.decision verdict.reasons
     windows.train.start windows.train.end windows.validation.start windows.validation.end
     windows.holdout.start windows.holdout.end pruned

@@ -163,7 +163,7 @@ def test_a_refusal_is_in_the_servers_log(server):
 def test_bodies_are_bounded_behind_airflows_own_layers(server):
     """Too large is cut off while it comes; too slow is given up after ten seconds."""
     where = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
-    head = b"POST /evergreen/alerts/digits HTTP/1.1\r\nhost: x\r\n"
+    head = b"POST /evergreen/alerts/digits HTTP/1.1\r\nhost: localhost\r\n"
     with socket.create_connection(where, timeout=60) as large, socket.create_connection(where, timeout=60) as slow:
         began = time.monotonic()
         slow.sendall(head + b'content-length: 20\r\n\r\n{"reason"')
