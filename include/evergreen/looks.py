@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evergreen import columns
 from evergreen.data.store import Store
+from evergreen.database import Database
 from evergreen.errors import EvaluationError, JobError, RegistryError, StoreError
 from evergreen.monitoring.drift import Drift, compare
 from evergreen.pack import Data, DriftRules
-from evergreen.registry.models import ModelVersion
+from evergreen.registry import ledger
+from evergreen.registry.models import ModelVersion, Registry
 from evergreen.run import (
     Class,
     Estimate,
@@ -82,6 +84,24 @@ def model_of(version: ModelVersion) -> Ref:
             f"alias off it: mlflow.MlflowClient().delete_registered_model_alias({name!r}, 'champion')",
         )
     return Ref(hash=version.model_hash, size=0)
+
+
+def fetch_model(
+    settings: Settings, database: Database, registry: Registry, name: str, version: int, destination: Path
+) -> tuple[Path, str]:
+    """Copy a version's model folder from MLflow, and compare it with its `register` event before anybody runs its code.
+
+    Returns the folder and its hash. Raises RegistryError where a file was altered, added or removed.
+    """
+    expected, _ = ledger.registered(database, name, version)
+    folder = registry.folder(name, version, destination)
+    actual = Store(settings).hash_of(folder)
+    if actual != expected:
+        raise RegistryError(
+            f"{name} version {version}: its model folder in MLflow is {actual}, and was {expected} when it was registered",
+            fix="find out who altered the artifacts, and use another version until they are restored",
+        )
+    return folder, actual
 
 
 # Predictions.

@@ -8,12 +8,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from tests.faults.conftest import day
 from tests.faults.test_killed_stages import tried
 
 from evergreen import work
 from evergreen.errors import RegistryError
 from evergreen.loop import rollback
 from evergreen.registry import ledger
+from evergreen.stages import scoring
 from evergreen.stages.judging import rejudge
 
 NAME = "tide"
@@ -109,6 +111,21 @@ def test_a_version_whose_artifacts_were_altered_stays_out(forth):
         back(forth)
     file.write_bytes(whole)
     assert forth.champion.version == 2
+
+
+def test_no_altered_code_of_a_model_is_run(forth, tmp_path):
+    """`predict` compares the whole model folder with the ledger before its loader runs."""
+    source = forth.registry._client.get_model_version_download_uri(NAME, "1")
+    loader = Path(urlsplit(source).path) / "artifacts" / "model" / "loader.py"
+    whole, marker, rows = loader.read_bytes(), tmp_path / "marker", tmp_path / "rows.parquet"
+    day(0).drop("flooded").write_parquet(rows)
+    loader.chmod(0o644)
+    loader.write_bytes(whole + f"\nopen({str(marker)!r}, 'w').close()\n".encode())
+    with pytest.raises(RegistryError, match=r"version 1: its model folder in MLflow is .* when it was registered"):
+        scoring.predict(forth.settings, forth.registry.version(NAME, "1"), rows)
+    assert not marker.exists()
+    loader.write_bytes(whole)
+    assert scoring.predict(forth.settings, forth.registry.version(NAME, "1"), rows).height == 100
 
 
 def test_a_version_that_the_store_lost_stays_out(forth):

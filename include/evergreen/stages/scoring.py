@@ -271,12 +271,14 @@ class HeldOut:
 def predict(settings: Settings, version: ModelVersion, file: Path) -> pl.DataFrame:
     """Predictions of a registered version for the raw rows of `file`, Parquet or CSV, by a job; columns as a job's.
 
-    Raises EvaluationError when the file or its columns are not what the model takes.
+    Raises EvaluationError when the file or its columns are not what the model takes, and RegistryError when the model
+    folder is not the one that was registered.
     """
     rows = rows_of(file)
-    registry = Registry(settings)
+    database, registry = db.connect(settings.database_url), Registry(settings)
     with tempfile.TemporaryDirectory(prefix="evergreen-predict-") as folder:
-        model = registry.folder(version.name, version.version, Path(folder) / "model")
+        target = Path(folder) / "model"
+        model, _ = looks.fetch_model(settings, database, registry, version.name, version.version, target)
         return looks.predict_with(settings, version.name, model, rows, str(file))
 
 
