@@ -93,8 +93,8 @@ def fetch_model(
 
     Returns the folder and its hash. Raises RegistryError where a file was altered, added or removed.
     """
-    expected, _ = ledger.registered(database, name, version)
     folder = registry.folder(name, version, destination)
+    expected, _ = ledger.registered(database, name, version)
     actual = Store(settings).hash_of(folder)
     if actual != expected:
         raise RegistryError(

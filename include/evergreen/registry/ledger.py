@@ -147,8 +147,10 @@ def registered(database: Database, pack: str, version: int) -> tuple[str, dict[s
 
     It stands in the chain, which the tags of the registry do not. Raises RegistryError where no run registered it.
     """
-    for event in database.events(pack, kind="stage"):
-        if event.body["stage"] == "register" and event.body["value"]["version"] == version:
+    # The newest that made it: MLflow counts from 1 again once somebody has deleted the model.
+    for event in database.events(pack, kind="stage", newest_first=True):
+        value = event.body["value"]
+        if event.body["stage"] == "register" and value["version"] == version and value.get("new", True):
             return event.body["value"]["model_hash"], values_of(database, str(event.run_id), pack)
     raise RegistryError(
         f"{pack}: no run registered version {version}: nothing tells what its model folder should be",
