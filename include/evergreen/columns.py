@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,3 +38,21 @@ def series(frame: pl.DataFrame, name: str) -> pl.Series:
     """A column as a series; where its name is a pattern, under another, since polars looks a series up by its name."""
     found = frame.get_column(name)
     return found.alias(f" {name}") if name == "*" or (name.startswith("^") and name.endswith("$")) else found
+
+
+def stacked(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """The rows of frames of the same columns below one another, each column of the widest of its types.
+
+    `pl.concat` alone takes a name for a pattern where it widens the column.
+    """
+    import polars as pl
+
+    names = frames[0].columns
+    if any(frame.columns != names for frame in frames):
+        return pl.concat(frames, how="vertical_relaxed")  # which says how they differ
+    numbered = [frame.clone() for frame in frames]
+    for frame in numbered:
+        frame.columns = [str(place) for place in range(len(names))]
+    rows = pl.concat(numbered, how="vertical_relaxed")
+    rows.columns = names
+    return rows

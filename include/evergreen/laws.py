@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evergreen import keys, stages
-from evergreen.columns import named
+from evergreen.columns import named, stacked
 from evergreen.data.store import Store
 from evergreen.errors import EvaluationError, EvergreenError, PackError, TrainingError, nearest
 from evergreen.evaluation import significance
@@ -177,10 +177,7 @@ def _sample(run: Run, ingested: Ingested) -> dict[str, pl.DataFrame]:
     for name in ("train", "validation", "holdout"):
         window = getattr(ingested.windows, name)
         store = Store(run.settings)
-        rows = pl.concat(
-            [pl.read_parquet(store.path(part.object), glob=False) for part in manifest.within(window)],
-            how="vertical_relaxed",
-        )
+        rows = stacked([pl.read_parquet(store.path(part.object), glob=False) for part in manifest.within(window)])
         if data.task == "regression":
             found[name] = rows.gather_every(max(1, rows.height // ROWS)).head(ROWS)
         else:

@@ -341,9 +341,8 @@ def sample(
         return None
     places = places[importance.sample(clusters[places])]
     starts = np.cumsum([0, *(len(each) for each in there)])
-    rows = pl.concat(
-        [pl.read_parquet(file, glob=False)[places[clusters[places] == n] - starts[n]] for n, file in enumerate(files)],
-        how="vertical_relaxed",
+    rows = columns.stacked(
+        [pl.read_parquet(file, glob=False)[places[clusters[places] == n] - starts[n]] for n, file in enumerate(files)]
     )
     permuted = tuple(name for name in inputs if name in rows.columns)
     return Sample(

@@ -153,8 +153,6 @@ def train(folder: Path, spec: JobSpec, device: str) -> dict[str, Any]:
 
 def _classes(rows: Path, job: Job, spec: JobSpec) -> tuple[Class, ...] | None:
     """The classes that the function stated; else, of a multiclass target, the sorted values in the training window."""
-    import polars as pl
-
     if spec.task != "multiclass":
         if job.classes is not None:
             raise TrainingError(
@@ -165,7 +163,7 @@ def _classes(rows: Path, job: Job, spec: JobSpec) -> tuple[Class, ...] | None:
     if job.classes is not None:
         return job.classes
     files = [columns.read(file, [spec.target]) for file in sorted(rows.glob("*.parquet"))]
-    values = columns.series(pl.concat(files, how="vertical_relaxed"), spec.target).drop_nulls()
+    values = columns.series(columns.stacked(files), spec.target).drop_nulls()
     return classes_as_json((values.drop_nans() if values.dtype.is_float() else values).unique().sort().to_list())
 
 

@@ -28,7 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evergreen.columns import named, read, series
+from evergreen.columns import named, read, series, stacked
 from evergreen.errors import SourceError, StageError, nearest
 from evergreen.pack import Partition
 from evergreen.run import Manifest, PartitionFile, Window, count, floor, period_name, periods, step
@@ -616,7 +616,7 @@ def _concat(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
     """Frames of the same columns below one another, each column of the widest of its types."""
     import polars as pl
 
-    return pl.concat(frames, how="vertical_relaxed") if frames else pl.DataFrame()
+    return stacked(frames) if frames else pl.DataFrame()
 
 
 def _kind(column: pl.Series) -> str:

@@ -117,7 +117,7 @@ def frames(folder: Path) -> Iterator[pl.DataFrame]:
 
     for file in sorted(folder.glob("*.arrow")):
         with _reading(str(file), "run it again; the job's log says what it wrote"):
-            frame = pl.read_ipc(file)
+            frame = pl.scan_ipc(file, glob=False).collect()
         yield frame
 
 

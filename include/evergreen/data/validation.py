@@ -35,7 +35,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evergreen.columns import named, series, unused
+from evergreen.columns import named, series, stacked, unused
 from evergreen.data import partitions
 from evergreen.data.conditions import ALLOWED, Condition, ConditionError
 from evergreen.errors import PackError, ValidationError, nearest
@@ -700,17 +700,15 @@ class _Validation:
             ]
             for part, (start, end) in zip(parts, pairwise(starts.tolist()), strict=True)
         ]
-        rows: pl.DataFrame = pl.concat(chosen, how="vertical_relaxed")
+        rows: pl.DataFrame = stacked(chosen)
         return rows.with_columns(pl.lit(rule.name).alias(unused(FAILED, rows.columns)))
 
     def keep_quarantine(self, frames: Sequence[pl.DataFrame]) -> Ref | None:
         """One Parquet object of all these rows; None when there are none."""
-        import polars as pl
-
         if not frames:
             return None
         path = self.work / "quarantine.parquet"
-        pl.concat(frames, how="vertical_relaxed").write_parquet(path, compression="zstd")
+        stacked(frames).write_parquet(path, compression="zstd")
         return self.store.put(path)
 
     def run_whole(self, rules: Sequence[_Rule], clean: Manifest) -> tuple[dict[_Rule, dict[str, Any]], list[Failure]]:

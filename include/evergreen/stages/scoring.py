@@ -224,7 +224,7 @@ class HeldOut:
         import numpy as np
         import polars as pl
 
-        table = pl.concat([frame for _, frame in rows], how="vertical_relaxed")
+        table = columns.stacked([frame for _, frame in rows])
         clusters = np.repeat(np.arange(len(rows)), [frame.height for _, frame in rows])
         groups = {
             by: columns.series(table, by).cast(pl.String).fill_null("(missing)").to_numpy() for by in rules.columns

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field
 
 from evergreen import errors
-from evergreen.columns import named, series
+from evergreen.columns import named, series, stacked
 from evergreen.errors import EvaluationError, EvergreenError, JobError, SourceError, TrainingError, nearest
 from evergreen.run import Class, Hardware, Value, Window
 from evergreen.settings import Settings
@@ -572,7 +572,7 @@ def column_types(folder: Path) -> dict[str, str]:
         pl.DataFrame(schema=pl.scan_parquet(file, glob=False).collect_schema())
         for file in sorted(folder.glob("*.parquet"))
     ]
-    return {name: _canonical(kind) for name, kind in pl.concat(empty, how="vertical_relaxed").schema.items()}
+    return {name: _canonical(kind) for name, kind in stacked(empty).schema.items()}
 
 
 def _canonical(kind: pl.DataType) -> str:
@@ -604,7 +604,7 @@ def _read(folder: Path, event_time: str) -> pl.DataFrame:
     import polars as pl
 
     frames = [pl.read_parquet(file, glob=False) for file in sorted(folder.glob("*.parquet"))]
-    rows = pl.concat(frames, how="vertical_relaxed")
+    rows = stacked(frames)
     if series(rows, event_time).is_sorted():  # a sorted copy of a wide table may not fit beside it
         return rows
     return rows.sort(named(event_time), maintain_order=True)

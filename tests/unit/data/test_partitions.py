@@ -467,3 +467,13 @@ def test_nulls_are_counted_over_all_frames(tmp_path):
     frames = [pl.DataFrame({"t": times, "y": [1, 1]}) for times in ([day(0), day(1)], [day(1), None], [None, day(2)])]
     with pytest.raises(SourceError, match="'t' is null in 2 rows, the first in frame 2 at position 1"):
         write(frames, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["*", "^x.*$"])
+def test_columns_with_names_that_are_patterns_are_widened(tmp_path, name):
+    """A column of whole numbers on one day and of others on the next is read as numbers, whatever its name."""
+    days = [pl.DataFrame({"x1": ["a"], name: [1]}), pl.DataFrame({"x1": ["b"], name: [1.5]})]
+    files = [tmp_path / f"{number}.parquet" for number in range(2)]
+    for day, file in zip(days, files, strict=True):
+        day.write_parquet(file)
+    assert partitions.load(files).to_dict(as_series=False) == {"x1": ["a", "b"], name: [1.0, 1.5]}
