@@ -200,7 +200,7 @@ class Life:
             shutil.copytree(home, self.home)
             self.left[home] = _listing(home)
         elif incident == "checked out":
-            _git(home / "data", "checkout", "--quiet", *(["--detach"] if self.world.seed % 2 else []), NAME)
+            _git(home / "data", "checkout", "--quiet", NAME)
         elif incident == "two at once":
             self.pack.fill(self.source(as_of))
             self.two_at_once(as_of)

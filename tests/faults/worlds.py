@@ -226,7 +226,7 @@ class World:
         classes = self.classes
         if self.retires is not None and day >= self.retires:
             classes = classes[:-1]
-        if self.arrives is not None and day >= self.arrives and chance.random() < 0.4:
+        if self.arrives is not None and day >= self.arrives and chance.random() < (0.12 if self.seed % 2 else 0.4):
             return NEWCOMER[type(classes[0])]
         return classes[level % len(classes)] if chance.random() < 0.7 else chance.choice(classes)
 
@@ -310,7 +310,7 @@ def _story(world: World, chance: random.Random) -> dict[str, Any]:
         troubled = 0 if TROUBLES[name].earliest_only else chance.randrange(looked)
         story |= {"trouble": name, "troubled": troubled, "cleared": chance.random() < 0.5}
     if chance.random() < 0.4:
-        story["incidents"] = {chance.randint(1, looked): chance.choice(INCIDENTS)}
+        story["incidents"] = {max(1, chance.randint(1, looked) - 1): chance.choice(INCIDENTS)}
     elif chance.random() < 0.06 and story.get("troubled") != 0:
         story["incidents"] = {0: "two at once"}
     changes = ["shifts", *(["arrives", "retires"] if world.task == "multiclass" and len(world.classes) > 2 else [])]
