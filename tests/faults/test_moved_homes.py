@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from mlflow.tracking._tracking_service import utils
 
 from evergreen import home as places
 from evergreen.cli.runs import version_named
@@ -59,6 +60,7 @@ def elsewhere(request, original, tmp_path):
         (tmp_path / "new" / "home" / places.MARKER).unlink()
         (tmp_path / "new" / "home" / "data" / ".dvc" / "config.local").unlink()
     before = content_of(root)
+    utils._artifact_repos_cache.clear()  # by run id: a process of MLflow's knows one home only
     if request.param != "copied":
         root.rename(kept)
     yield type(original).at(tmp_path / "new")
