@@ -73,3 +73,11 @@ for _name, _pattern, _firsts in _SCALARS:
 def dump(content: Any) -> str:
     """Return `content` as YAML, its keys in their own order."""
     return str(yaml.dump(content, Dumper=CoreDumper, sort_keys=False))
+
+
+def dump_on_one_line(content: Any) -> str:
+    """Return `content` as YAML in one line, to be quoted in a message and copied from there."""
+    written = yaml.dump(
+        content, Dumper=CoreDumper, sort_keys=False, default_flow_style=True, allow_unicode=True, width=10**9
+    )
+    return str(written).removesuffix("\n")

@@ -5,7 +5,7 @@ import math
 import pytest
 import yaml
 
-from evergreen.yaml_core import CoreLoader, dump
+from evergreen.yaml_core import CoreLoader, dump, dump_on_one_line
 
 SCALARS = {
     "1e-4": 1e-4,
@@ -56,3 +56,18 @@ def test_quoted_scalars_are_text(text):
 def test_text_that_is_written_is_read_back_as_text(text):
     """By this reader, and by one of YAML 1.1."""
     assert yaml.load(dump([text]), Loader=CoreLoader) == yaml.safe_load(dump([text])) == [text]
+
+
+@pytest.mark.parametrize(
+    "name", ["true", "NO", "1e5", "a: b", "x,y", "#", "it's", 'say "x"', "*", "[bold]", "ä", "-x", "x" * 300]
+)
+def test_a_mapping_that_a_message_quotes(name):
+    """It is one line, and read back as what was meant by YAML 1.1 and by 1.2."""
+    line = dump_on_one_line({"column": name})
+    assert "\n" not in line
+    assert yaml.safe_load(line) == yaml.load(line, CoreLoader) == {"column": name}
+
+
+def test_a_plain_name_in_a_message_is_not_quoted():
+    """Most names need no quotes, and get none."""
+    assert dump_on_one_line({"column": "flooded"}) == "{column: flooded}"

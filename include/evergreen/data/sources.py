@@ -542,7 +542,7 @@ def _typed(rows: Sequence[Sequence[Any]], names: list[str], where: str) -> pa.Re
                 f"{where}: column {name!r} holds values of several types: {shown}", fix="cast it to one in a query"
             )
         try:
-            series = pl.Series(name, column, strict=True)
+            series = pl.Series(column, strict=True)  # without its name, which polars may take for a pattern
         except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
             raise SourceError(
                 f"{where}: column {name!r}: {error}", fix="cast it in a query, or leave it out"

@@ -17,6 +17,7 @@ from evergreen.pack import PythonSource, duration_text
 from evergreen.run import Manifest, PartitionFile, Ref, Run, Window, Windows, count, period_name, step
 from evergreen.training import jobs
 from evergreen.work import copy_python, finish_job, job_id_of, job_spec, manifest_of, work_folder
+from evergreen.yaml_core import dump_on_one_line
 
 if TYPE_CHECKING:
     import polars as pl
@@ -280,7 +281,7 @@ def require_target(run: Run, store: Store, manifest: Manifest, windows: Windows)
         raise SourceError(
             f"pack {pack.name}: the target {target!r} is empty in {count(sum(missing.values()), 'row')} of {manifest.rows}, "
             f"the first in {period_name(min(missing), manifest.partition)}",
-            fix=f"fill it in the source or leave those rows out; expect_column_values_to_not_be_null: {{column: {target}}} "
+            fix=f"fill it in the source or leave those rows out; expect_column_values_to_not_be_null: {dump_on_one_line({'column': target})} "
             f"under expectations in pack.yaml sets a few aside; then {AGAIN}",
         )
     if pack.data.task == "regression":

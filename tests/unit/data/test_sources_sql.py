@@ -418,3 +418,13 @@ def test_a_column_that_sqlite_would_rename_is_refused(tmp_path):
     assert "column 'n' is there twice" in error.what
     named = query.replace("b.n", "b.n AS m")
     assert read({"url": "sqlite:///a.db", "query": named}, folder=tmp_path).columns == ["t", "n", "m"]
+
+
+@pytest.mark.parametrize("name", ["*", "^x.*$"])
+def test_a_column_of_times_whose_name_is_a_pattern(name, tmp_path):
+    """Its times are read, whatever a library takes its name for."""
+    with sqlite3.connect(tmp_path / "rows.db") as connection:
+        connection.execute(f'CREATE TABLE rows (t TIMESTAMP, "{name}" TIMESTAMP)')
+        connection.execute("INSERT INTO rows VALUES ('2013-01-02 03:00:00.000000', '2012-05-06 07:00:00.000000')")
+    rows = read({"url": "sqlite:///rows.db", "table": "rows"}, folder=tmp_path)
+    assert rows.rows() == [(datetime(2013, 1, 2, 3, tzinfo=UTC), datetime(2012, 5, 6, 7, tzinfo=UTC))]
