@@ -119,7 +119,8 @@ def _empty_day(life: Life, as_of: int) -> None:
 
 
 def _lost_column(life: Life, as_of: int) -> None:
-    _rewrite(life, as_of, lambda frame: frame.drop(life.world.columns[-1].name))
+    lost = life.world.columns[-1].name
+    _rewrite(life, as_of, lambda frame: pl.DataFrame([frame[name] for name in frame.columns if name != lost]))
 
 
 def _calm(life: Life, as_of: int) -> None:
