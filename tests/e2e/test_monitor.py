@@ -20,7 +20,7 @@ from evergreen.run import Promoted, Window
 from evergreen.settings import Settings
 from evergreen.triggers import senders
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 
 EVERGREEN = Path(sys.executable).parent / "evergreen"
 NAME = "flight_delay"
