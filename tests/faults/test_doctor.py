@@ -28,9 +28,9 @@ from evergreen.settings import PREFIX, Settings
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """A home with two champions, one after the other; each test mends what it breaks."""
+    """A home with two champions, one after the other: each test has its own, since it breaks it."""
     home = Home.make(tmp_path_factory.mktemp("origin"), days=range(DAYS + 1))
     home.perform("first")
     home.write(training={"params": {"steps": 60}})
