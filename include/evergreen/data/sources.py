@@ -52,7 +52,7 @@ BATCH_ROWS = 65_536
 SQL_ROWS = 16_384
 """Rows are fetched from a database in lots of so many, as Python objects."""
 WIDE = 64
-"""Of tables with more columns fewer rows are taken at once, so that they take no more memory."""
+"""Tables with more columns are read in smaller batches of rows, so that memory stays bounded."""
 COLUMN_BYTES = {"local": 2**16, "remote": 2**20}
 """How much of each Parquet column is read at once: from afar more, since every read there is a request."""
 HTTP = ("http", "https")
@@ -855,7 +855,7 @@ def _rows(batch: pa.RecordBatch, times: pl.Series, window: Window) -> pa.RecordB
 
 
 def _at_once(rows: int, columns: Collection[Any]) -> int:
-    """How many rows to take at once of a table with these columns."""
+    """Return the number of rows in a batch of a table with these columns."""
     return max(1, rows * WIDE // max(WIDE, len(columns)))
 
 

@@ -80,7 +80,7 @@ unique, compound unique, increasing, decreasing, z-scores and outliers (they com
 
 CONDITION_ARGUMENTS = ("row_condition", "condition_parser")
 ABOUT_NAMED = ("expect_column_", "expect_compound_columns_", "expect_multicolumn_", "expect_select_column_")
-"""How types begin that look at no columns but those they name."""
+"""Prefixes of the expectation types that look only at the columns they name."""
 COLUMN_ARGUMENTS = ("column", "column_A", "column_B", "column_list", "column_set")
 SUMS = frozenset({"expect_column_sum_to_be_between", "expect_multicolumn_sum_to_equal"})
 """Types that add numbers up: 64 bits may overflow."""
@@ -487,7 +487,7 @@ class _View:
 
     def __init__(self, rows: pl.DataFrame, types: Mapping[str, str], positions: np.ndarray[Any, Any]) -> None:
         self.positions = positions
-        """Of these rows within the batch."""
+        """(n,) the position of each of these rows within the batch."""
         self.types = types
         self.rows = _to_pandas(rows, types)
         self._batches: dict[str, Any] = {}
